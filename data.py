@@ -1,0 +1,293 @@
+"""Everything read from disk and every prompt: items, sequences, SFT tasks, RL prompts.
+
+A row of a CSV is identified by item ids; titles and SIDs come from the item, index or info file by id, so that equal
+titles and shared SIDs cannot be confused. The CSV's own SID columns are checked against the catalog: a CSV made from
+another index is refused. One function, `Prompts.render`, makes the prompt for SFT, RL and evaluation.
+"""
+
+import ast
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+import yaml
+
+from catalog import canonical_sid
+from cli import UserError, read_json, require_file
+
+PROMPT_FILE = "prompt.yaml"
+DEFAULT_TEMPLATE = Path(__file__).parent / "config" / PROMPT_FILE
+
+# ------------------------------------------------------------------------------------------------ items
+
+
+def read_titles(path: str | Path, flag: str = "item_meta_path") -> list[str]:
+    """Titles, row i is item i, from an `item.json`; white space is collapsed. Raises `UserError` on a gap."""
+    content = read_json(path, flag)
+    titles = []
+    for item in range(len(content)):
+        meta = content.get(str(item))
+        if meta is None:
+            raise UserError(f"{path}: item {item} is missing, expected ids 0..{len(content) - 1} without gaps")
+        if not isinstance(meta, dict) or not isinstance(meta.get("title"), str):
+            raise UserError(f'{path}: item {item} has {str(meta)[:60]!r}, expected an object with a string "title"')
+        titles.append(" ".join(meta["title"].split()))
+    return titles
+
+
+class Items(NamedTuple):
+    """What a prompt can say of an item; row i is item i."""
+
+    sids: list[str]
+    titles: list[str]
+
+
+def read_info(path: str | Path, flag: str = "info_file") -> Items:
+    """Items of an info file, `sid \\t title \\t item_id` a line. Raises `UserError` naming the line."""
+    path = require_file(path, flag)
+    sids: dict[int, str] = {}
+    titles: dict[int, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+        sid, _, rest = line.partition("\t")
+        title, _, item = rest.rpartition("\t")
+        if canonical_sid(sid) != sid or not sid or not item.strip().isdecimal():
+            raise UserError(f"{path}, line {number}: found {line[:80]!r}, expected 'SID<tab>title<tab>item id'")
+        sids[int(item)], titles[int(item)] = sid, title
+    if not sids or sorted(sids) != list(range(len(sids))):
+        raise UserError(
+            f"{path}: found {len(sids)} item ids, expected each of 0..n-1 once; run convert_dataset.sh again"
+        )
+    return Items([sids[i] for i in range(len(sids))], [titles[i] for i in range(len(sids))])
+
+
+# ------------------------------------------------------------------------------------------------ sequences
+
+
+def _list_column(table: pl.DataFrame, column: str, path: Path) -> pl.Series:
+    """A column of Python list literals of item ids as lists of integers.
+
+    Plain `[1, 2, 3]` cells are parsed in one pass; any other cell goes through `ast.literal_eval` alone.
+    """
+    cells = table[column]
+    plain = cells.str.contains(r"^\[\s*(\d+(\s*,\s*\d+)*)?\s*\]$").fill_null(False)
+    lists = cells.str.extract_all(r"\d+").cast(pl.List(pl.Int64))
+    if plain.all():
+        return lists
+    parsed = lists.to_list()
+    for row in (~plain).arg_true():
+        try:
+            value = ast.literal_eval(cells[row] or "")
+            parsed[row] = [int(item) for item in value]
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise UserError(
+                f"{path}, row {row + 2}, column {column}: found {str(cells[row])[:60]!r}, "
+                "expected a list literal of item ids like [3437, 642]; run convert_dataset.sh again"
+            ) from None
+    return pl.Series(column, parsed, dtype=pl.List(pl.Int64))
+
+
+def read_sequences(path: str | Path, sids: Sequence[str], flag: str, max_history: int = 10) -> pl.DataFrame:
+    """The samples of a CSV as columns user (str), history (list of item ids, oldest first), target (item id).
+
+    Raises `UserError` naming row and column for a missing column, a cell that is no literal, an unknown item id, or a
+    SID that differs from `sids`, the catalog's (row i is item i).
+    """
+    path = require_file(path, flag)
+    table = pl.read_csv(path, infer_schema=False)
+    for column in ("user_id", "history_item_id", "item_id", "history_item_sid", "item_sid"):
+        if column not in table.columns:
+            raise UserError(f"{path}: no column {column!r}, found {table.columns}; run convert_dataset.sh again")
+    if not len(table):
+        raise UserError(f"{path}: found no rows, expected at least one; run convert_dataset.sh again")
+    rows = pl.DataFrame(
+        {
+            "user": table["user_id"],
+            "history": _list_column(table, "history_item_id", path),
+            "target": table["item_id"].cast(pl.Int64, strict=False),
+            "row": range(2, len(table) + 2),  # as an editor counts, the header is row 1
+        }
+    )
+
+    def refuse(bad: pl.DataFrame, column: str, expected: str) -> None:
+        if len(bad):
+            row = int(bad["row"][0])
+            raise UserError(
+                f"{path}, row {row}, column {column}: found {str(table[column][row - 2])[:60]!r}, {expected}"
+            )
+
+    known = pl.element().is_between(0, len(sids) - 1)
+    advice = f"expected ids of the catalog, 0..{len(sids) - 1}; check the index or info file"
+    refuse(rows.filter(~pl.col("target").is_between(0, len(sids) - 1).fill_null(False)), "item_id", advice)
+    refuse(rows.filter(~pl.col("history").list.eval(known).list.all()), "history_item_id", advice)
+
+    advice = "which is not this catalog's SID of the item; make the CSV again from this index (convert_dataset.sh)"
+    sid_of = pl.Series(sids)
+    refuse(rows.filter(table["item_sid"] != sid_of.gather(rows["target"])), "item_sid", advice)
+    written = table["history_item_sid"].str.extract_all(r"(?:<[a-z]+_\d+>)+").list.join(" ")
+    expected = (
+        rows.select("row", "history")
+        .explode("history")
+        .with_columns(sid=sid_of.gather(rows["history"].explode()))
+        .group_by("row", maintain_order=True)
+        .agg(pl.col("sid").drop_nulls().str.join(" "))["sid"]
+    )
+    refuse(rows.filter(written != expected), "history_item_sid", advice)
+    return rows.select("user", pl.col("history").list.tail(max_history), "target")
+
+
+def target_counts(sequences: pl.DataFrame, n_items: int) -> list[int]:
+    """How often each item is a target, as a list of length `n_items`: popularity."""
+    counts = dict(sequences.group_by("target").len().iter_rows())
+    return [counts.get(item, 0) for item in range(n_items)]
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+
+class Prompts:
+    """The wording of `config/prompt.yaml` for one category."""
+
+    def __init__(self, path: str | Path = DEFAULT_TEMPLATE, category: str = ""):
+        self.path = require_file(path, "prompt_template")
+        try:
+            template = yaml.safe_load(self.path.read_text(encoding="utf-8"))
+            self.instruction_marker = template["instruction_marker"]
+            self.input_marker = template["input_marker"]
+            self.response_marker = template["response_marker"]
+            self.response_suffix = template["response_suffix"]
+            self.sid_separator = template["sid_separator"]
+            self.title_separator = template["title_separator"]
+            self.tasks = template["tasks"]
+            categories = template["categories"]
+        except (yaml.YAMLError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.path}: not a prompt template ({error!r}); compare it with config/prompt.yaml"
+            ) from None
+        self.category = categories.get(category) or readable(category) or "items"
+
+    def render(self, task: str, **fields: str) -> str:
+        """The prompt of `task`; `fields` fill its instruction and input. The answer is never among them."""
+        if task not in self.tasks:
+            raise UserError(f"{self.path}: no wording for task {task!r}, found {sorted(self.tasks)}; add it there")
+        wording = self.tasks[task]
+        instruction = wording["instruction"].format(category=self.category)
+        return (
+            self.instruction_marker
+            + instruction
+            + self.input_marker
+            + wording["input"].format(**fields)
+            + self.response_marker
+        )
+
+    def sid_history(self, history: Sequence[int], items: Items) -> str:
+        return self.sid_separator.join(items.sids[i] for i in history)
+
+    def title_history(self, history: Sequence[int], items: Items) -> str:
+        return self.title_separator.join(items.titles[i] for i in history)
+
+
+def readable(category: str) -> str:
+    """`Video_Games` -> `video games`."""
+    return re.sub(r"[\W_]+", " ", category).strip().lower()
+
+
+def template_of(checkpoint: str | Path, given: str = "") -> Path:
+    """The template to use with a checkpoint: the one given, else the checkpoint's own copy, else the default."""
+    own = Path(checkpoint) / PROMPT_FILE
+    return Path(given) if given else own if own.exists() else DEFAULT_TEMPLATE
+
+
+def next_sid_prompts(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> list[str]:
+    """The SID history -> next SID prompt of each sample: what evaluation and RL ask, and SFT's first task."""
+    return [prompts.render("sid_seq", history=prompts.sid_history(h, items)) for h in sequences["history"].to_list()]
+
+
+# ------------------------------------------------------------------------------------------------ SFT tasks
+
+Pair = tuple[str, str]  # (prompt, answer)
+
+
+def _sequence_task(task: str, history: Callable, answer: Callable) -> Callable:
+    def pairs(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Pair]:
+        for past, target in sequences.select("history", "target").iter_rows():
+            yield prompts.render(task, history=history(prompts, past, items)), answer(items)[target]
+
+    return pairs
+
+
+def _item_task(task: str, question: Callable, answer: Callable) -> Callable:
+    def pairs(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Pair]:
+        for asked, answered in zip(question(items), answer(items), strict=True):
+            yield prompts.render(task, item=asked), answered
+
+    return pairs
+
+
+def _sids(items: Items) -> list[str]:
+    return items.sids
+
+
+def _titles(items: Items) -> list[str]:
+    return items.titles
+
+
+# name -> function from (sequences, items, prompts) to (prompt, answer) pairs
+SFT_TASKS: dict[str, Callable[[pl.DataFrame, Items, Prompts], Iterator[Pair]]] = {
+    "sid_seq": _sequence_task("sid_seq", Prompts.sid_history, _sids),
+    "title2sid": _item_task("title2sid", _titles, _sids),
+    "sid2title": _item_task("sid2title", _sids, _titles),
+    "sid_seq2title": _sequence_task("sid_seq2title", Prompts.sid_history, _titles),
+    "title_seq2title": _sequence_task("title_seq2title", Prompts.title_history, _titles),
+    "title_seq2sid": _sequence_task("title_seq2sid", Prompts.title_history, _sids),
+}
+DEFAULT_TASKS = "sid_seq,title2sid,sid2title,sid_seq2title,title_seq2title"
+
+
+def parse_tasks(text: str) -> dict[str, float]:
+    """`"sid_seq,title2sid:0.5"` -> `{"sid_seq": 1.0, "title2sid": 0.5}`; a weight is how often a row is taken."""
+    weights = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, weight = part.partition(":")
+        if name not in SFT_TASKS:
+            raise UserError(f"--sft_tasks {text}: no task {name!r}, expected some of {', '.join(SFT_TASKS)}")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            raise UserError(
+                f"--sft_tasks {text}: {weight!r} is no weight, expected a number as in {name}:0.5"
+            ) from None
+        if not 0 < weights[name] < 1000:
+            raise UserError(f"--sft_tasks {text}: weight {weight} of {name}, expected more than 0 and less than 1000")
+    if not weights:
+        raise UserError(f"--sft_tasks: no task given, expected some of {', '.join(SFT_TASKS)}")
+    return weights
+
+
+def sft_pairs(
+    weights: dict[str, float], sequences: pl.DataFrame, items: Items, prompts: Prompts, seed: int
+) -> list[Pair]:
+    """The (prompt, answer) pairs of every task, each task's rows taken `weight` times (a fraction is drawn by seed)."""
+    rows = []
+    for name, weight in weights.items():
+        pairs = list(SFT_TASKS[name](sequences, items, prompts))
+        rows += pairs * int(weight)
+        extra = round((weight - int(weight)) * len(pairs))
+        rows += random.Random(f"{seed} {name}").sample(pairs, extra)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ RL prompts
+
+
+def rl_rows(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> dict[str, list]:
+    """Columns of the RL dataset. Each row carries its own target: nothing is looked up by prompt text."""
+    return {
+        "prompt": next_sid_prompts(sequences, items, prompts),
+        "target_sid": [items.sids[target] for target in sequences["target"]],
+        "target_item": sequences["target"].to_list(),
+        "history_items": sequences["history"].to_list(),
+        "task": ["sid_seq"] * len(sequences),
+    }

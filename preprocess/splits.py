@@ -1,0 +1,59 @@
+"""Interactions in time order to (history, target) samples, split into train, valid and test.
+
+Leave-one-out: a user's last item tests, the one before validates, all earlier ones train (SASRec, arXiv 1808.09781).
+Every position with something before it is one sample; its history is at most the `max_history` items before it.
+"""
+
+from pathlib import Path
+
+import polars as pl
+
+from cli import UserError, atomic_file
+
+SPLITS = ("train", "valid", "test")
+
+
+def samples(interactions: pl.DataFrame, max_history: int) -> pl.DataFrame:
+    """Every (history, target) sample of `interactions` (user, item, time; in time order, ties in row order).
+
+    Returns user, history (list of items, oldest first), target, time, and `from_end`: 0 for a user's last item.
+    """
+    ordered = interactions.sort("time", maintain_order=True).with_columns(
+        position=pl.int_range(pl.len()).over("user"), length=pl.len().over("user")
+    )
+    shifted = [pl.col("item").shift(lag).over("user") for lag in range(max_history, 0, -1)]
+    return (
+        ordered.with_columns(history=pl.concat_list(shifted).list.drop_nulls())
+        .filter(pl.col("position") > 0)
+        .select(
+            "user",
+            "history",
+            pl.col("item").alias("target"),
+            "time",
+            from_end=pl.col("length") - 1 - pl.col("position"),
+        )
+    )
+
+
+def leave_one_out(interactions: pl.DataFrame, max_history: int = 10) -> dict[str, pl.DataFrame]:
+    """The samples of each split. Users with fewer than 3 interactions cannot be split and are left out."""
+    enough = interactions.filter(pl.len().over("user") >= 3)
+    if not len(enough):
+        raise UserError("leave-one-out: no user has 3 interactions; found too few rows, expected at least 3 for a user")
+    rows = samples(enough, max_history)
+    return {
+        "train": rows.filter(pl.col("from_end") >= 2),
+        "valid": rows.filter(pl.col("from_end") == 1),
+        "test": rows.filter(pl.col("from_end") == 0),
+    }
+
+
+def write_inter(path: str | Path, rows: pl.DataFrame) -> None:
+    """Write samples as an `.inter` file: `user_id:token  item_id_list:token_seq  item_id:token`, tab-separated."""
+    table = rows.select(
+        pl.col("user").cast(pl.String).alias("user_id:token"),
+        pl.col("history").list.eval(pl.element().cast(pl.String)).list.join(" ").alias("item_id_list:token_seq"),
+        pl.col("target").cast(pl.String).alias("item_id:token"),
+    )
+    with atomic_file(path, "wb") as f:
+        table.write_csv(f, separator="\t")
