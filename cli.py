@@ -14,6 +14,7 @@ A stage is a dataclass of options and a function of it:
 Booleans take `True`/`False`; an unknown flag or a bad value ends with one line and exit code 2.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -24,7 +25,18 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
-__all__ = ["HfArg", "UserError", "atomic_file", "not_built", "read_json", "require_file", "run", "write_json"]
+__all__ = [
+    "HfArg",
+    "UserError",
+    "atomic_file",
+    "begin",
+    "finish",
+    "not_built",
+    "read_json",
+    "require_file",
+    "run",
+    "write_json",
+]
 
 
 class UserError(Exception):
@@ -104,3 +116,42 @@ def write_json(path: str | Path, content, indent: int | None = 2) -> None:
     with atomic_file(path) as f:
         json.dump(content, f, indent=indent, ensure_ascii=False)
         f.write("\n")
+
+
+# ------------------------------------------------------------------------------------------------ unfinished runs
+
+MARK = "stage.json"
+
+
+def _fingerprint(options) -> dict:
+    """The options, and size and time of every file that they name: what a stage's result depends on."""
+    values = json.loads(json.dumps(dataclasses.asdict(options)))
+    files = {}
+    for name, value in values.items():
+        if isinstance(value, str) and value and name != "output_dir" and Path(value).is_file():
+            stat = Path(value).stat()
+            files[name] = [stat.st_size, stat.st_mtime_ns]
+    return {"options": values, "files": files}
+
+
+def begin(folder: str | Path, options) -> str:
+    """What to do about a stage whose result is `folder`: `"complete"`, `"resume"` or `"fresh"`.
+
+    Complete and resume need the same options and unchanged input files; the folder is marked as begun.
+    """
+    mark = Path(folder) / MARK
+    now = _fingerprint(options)
+    try:
+        found = json.loads(mark.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    if found == now | {"complete": True}:
+        print(f"{folder}: complete, made with these options; remove {mark} to make it again")
+        return "complete"
+    write_json(mark, now | {"complete": False})
+    return "resume" if found == now | {"complete": False} else "fresh"
+
+
+def finish(folder: str | Path, options) -> None:
+    """Mark `folder` as complete."""
+    write_json(Path(folder) / MARK, _fingerprint(options) | {"complete": True})
