@@ -183,7 +183,7 @@ class ReReTrainer(GRPOTrainer):
             )
         _, ranks = metrics.sid_and_item_ranks(leaves, targets[process::world], self.catalog)
         ranks = np.concatenate(gather_object([ranks]))
-        cutoffs = [k for k in metrics.CUTOFFS if k <= self.eval_beams]
+        cutoffs = sorted({k for k in metrics.CUTOFFS if k <= self.eval_beams} | {min(10, self.eval_beams)})
         result = {f"{metric_key_prefix}_{name}": value for name, value in metrics.table(ranks, cutoffs).items()}
         result |= speed_metrics(metric_key_prefix, started, num_samples=len(prompts))
         self.log(result)

@@ -85,6 +85,8 @@ class Options:
             raise UserError("--output_dir is required")
         for flag in ("model_path", "train_file", "eval_file", "info_file"):
             require_file(getattr(self, flag), flag)
+        if self.test_beam < 1:
+            raise UserError(f"--test_beam {self.test_beam}: expected at least 1")
         rows, group = self.train_batch_size * self.gradient_accumulation_steps, self.num_generations
         if group < 2:
             raise UserError(f"--num_generations {group}: a group needs at least 2 completions")
@@ -153,7 +155,7 @@ def training_arguments(options: Options, completion_length: int) -> GRPOConfig:
         save_steps=options.eval_step,
         save_total_limit=1,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_NDCG@10",
+        metric_for_best_model=f"eval_NDCG@{min(10, options.test_beam)}",
         greater_is_better=True,
         logging_steps=min(options.eval_step, 0.02),
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -195,7 +197,7 @@ def main(options: Options) -> None:
     )
     trainer.train(resume_from_checkpoint=resume)
     if args.process_index == 0:
-        print(f"best validation NDCG@10: {trainer.state.best_metric:.4f}, at {trainer.state.best_model_checkpoint}")
+        print(f"best validation {args.metric_for_best_model}: {trainer.state.best_metric:.4f}, at {trainer.state.best_model_checkpoint}")
         model = trainer.accelerator.unwrap_model(trainer.model)
         checkpoint.save(model, trainer.processing_class, prompts.path, options.output_dir)
         checkpoint.remove_checkpoints(options.output_dir)

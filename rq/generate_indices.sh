@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Semantic IDs from a trained RQ-VAE.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: CKPT_PATH=<folder> DATA_PATH=<D>.emb-<plm>-td.npy OUTPUT_FILE=<D>.index.json bash rq/generate_indices.sh
+
+reads   CKPT_PATH       a checkpoint, or a folder: its best_collision.safetensors   (required)
+        DATA_PATH       the embeddings it was trained on                            (required)
+        ITEM_META_PATH  <D>.item.json, to check the number of rows                  (optional)
+writes  OUTPUT_FILE     {"0": ["<a_236>", "<b_231>", "<c_226>"], ...}               (required)
+        and beside it <D>.index.quality.json
+
+Variables, with their defaults:
+  COLLISION=nearest_free (none, sinkhorn, nearest_free, extra_token) BATCH_SIZE=20480 DEVICE="" (cuda if there is one)
+TEXT
+}
+
+case "${1:-}" in
+    "") ;;
+    -h | --help) usage; exit 0 ;;
+    *) echo "error: unknown argument $1; bash rq/generate_indices.sh --help lists the variables" >&2; exit 2 ;;
+esac
+
+CKPT_PATH=${CKPT_PATH:-}
+DATA_PATH=${DATA_PATH:-}
+OUTPUT_FILE=${OUTPUT_FILE:-}
+ITEM_META_PATH=${ITEM_META_PATH:-}
+COLLISION=${COLLISION:-nearest_free}
+BATCH_SIZE=${BATCH_SIZE:-20480}
+DEVICE=${DEVICE:-}
+
+for name in CKPT_PATH DATA_PATH OUTPUT_FILE; do
+    [ -n "${!name}" ] || { echo "error: $name is not set; bash rq/generate_indices.sh --help" >&2; exit 2; }
+done
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+exec python -m rq.generate_indices --ckpt_path "$CKPT_PATH" --data_path "$DATA_PATH" --output_file "$OUTPUT_FILE" \
+    --collision "$COLLISION" --batch_size "$BATCH_SIZE" \
+    ${ITEM_META_PATH:+--item_meta_path "$ITEM_META_PATH"} ${DEVICE:+--device "$DEVICE"}

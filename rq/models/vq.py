@@ -1,0 +1,87 @@
+"""One level of vector quantisation, and the Sinkhorn assignment that spreads its use.
+
+Straight-through gradients and the two loss terms are VQ-VAE's (arXiv 1711.00937, equation 3); the balanced assignment
+by entropic optimal transport is Sinkhorn's (arXiv 1306.0895), as LC-Rec (arXiv 2311.09049) uses it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cli import UserError
+
+
+class VQOutput(NamedTuple):
+    """What one level makes of n vectors."""
+
+    quantized: Tensor  # (n, dim) the chosen codes' vectors; no gradient
+    loss: Tensor  # () codebook + beta * commitment, mean squared error per coordinate
+    codes: Tensor  # (n,) int64
+
+
+def squared_distances(x: Tensor, codebook: Tensor) -> Tensor:
+    """||x_i - e_k||^2 as (n, K) for x (n, dim) and codebook (K, dim)."""
+    return x.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * x @ codebook.T
+
+
+@torch.no_grad()
+def sinkhorn(distances: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """The balanced soft assignment (n, K), float64: rows sum to 1, columns to n / K (exactly the columns).
+
+    Distances are centred and scaled to [-1, 1] first; `epsilon` is in that unit, and the smaller, the harder the
+    assignment. Rows and columns are scaled in turn `iterations` times (arXiv 1306.0895, algorithm 1).
+    """
+    d = distances.double()
+    middle, half = (d.max() + d.min()) / 2, (d.max() - d.min()) / 2
+    d = (d - middle) / half.clamp_min(1e-12)
+    # A constant per row does not change the plan, and without it exp() overflows where epsilon is small.
+    plan = torch.exp(-(d - d.min(dim=1, keepdim=True).values) / epsilon)
+    n, n_codes = plan.shape
+    tiny = torch.finfo(torch.float64).tiny
+    column = torch.ones(n_codes, dtype=torch.float64, device=plan.device)
+    for _ in range(iterations):
+        row = 1 / (plan @ column).clamp_min(tiny)
+        column = (n / n_codes) / (row @ plan).clamp_min(tiny)
+    return row.unsqueeze(1) * plan * column
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook of `n_codes` vectors. `sk_epsilon` > 0 assigns by Sinkhorn while training."""
+
+    def __init__(self, *, n_codes: int, dim: int, beta: float, sk_epsilon: float = 0.0, sk_iters: int = 50):
+        super().__init__()
+        self.beta, self.sk_epsilon, self.sk_iters = beta, sk_epsilon, sk_iters
+        self.codebook = nn.Parameter(torch.empty(n_codes, dim).uniform_(-1 / n_codes, 1 / n_codes))
+
+    @torch.no_grad()
+    def assign(self, x: Tensor, *, balanced: bool = False) -> Tensor:
+        """The code of each of x (n, dim), as (n,): the nearest, or Sinkhorn's choice if `balanced`."""
+        distances = squared_distances(x, self.codebook)
+        if balanced and self.sk_epsilon > 0:
+            return sinkhorn(distances, self.sk_epsilon, self.sk_iters).argmax(dim=1)
+        return distances.argmin(dim=1)
+
+    def forward(self, x: Tensor) -> VQOutput:
+        codes = self.assign(x.detach(), balanced=self.training)
+        chosen = self.codebook[codes]
+        loss = F.mse_loss(chosen, x.detach()) + self.beta * F.mse_loss(x, chosen.detach())
+        return VQOutput(chosen.detach(), loss, codes)
+
+    @torch.no_grad()
+    def init_by_kmeans(self, x: Tensor, *, iterations: int, seed: int) -> None:
+        """Set the codebook to the k-means centres of x (n, dim); raises `UserError` where n is below the codes."""
+        from sklearn.cluster import KMeans  # here, since it takes 2 s to import and only training needs it
+        from threadpoolctl import threadpool_limits
+
+        n, n_codes = len(x), len(self.codebook)
+        if n < n_codes:
+            raise UserError(
+                f"k-means needs at least as many rows as codes: n={n} rows in the first batch, K={n_codes}; lower "
+                f"--num_emb_list, raise --batch_size if the data has more rows, or give --kmeans_init False"
+            )
+        kmeans = KMeans(n_codes, n_init=1, max_iter=iterations, random_state=seed)
+        with threadpool_limits(limits=1):  # its threads add up in any order: one thread, the same bytes each time
+            centers = kmeans.fit(x.float().cpu().numpy()).cluster_centers_
+        self.codebook.copy_(torch.from_numpy(centers))

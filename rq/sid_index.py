@@ -1,0 +1,146 @@
+"""Codes to semantic IDs: collisions and what to do about them, figures of quality, the index file.
+
+`codes` is an int array (items, levels) everywhere; -1 in the last column means that the item has no token there.
+Extra tokens for items that would collide are TIGER's idea (arXiv 2305.05065, section 3.1), which gives one to every
+item; here only items of a colliding group get one, all of them, so that no SID is a prefix of another. Sinkhorn inside
+colliding groups is LC-Rec's (arXiv 2311.09049); the entropic transport is arXiv 1306.0895.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from catalog import level_token
+from cli import UserError, write_json
+from rq.models.vq import sinkhorn
+
+MODES = ("none", "sinkhorn", "nearest_free", "extra_token")
+SINKHORN_EPSILON, SINKHORN_ITERATIONS, SINKHORN_ROUNDS = 0.003, 50, 20
+
+
+def to_sids(codes: np.ndarray) -> list[list[str]]:
+    """The level tokens of each item: [[3, 1], [3, -1]] -> [["<a_3>", "<b_1>"], ["<a_3>"]]."""
+    return [[level_token(level, code) for level, code in enumerate(row) if code >= 0] for row in codes.tolist()]
+
+
+def collision_rate(codes: np.ndarray) -> float:
+    """1 - distinct SIDs / items, in [0, 1)."""
+    return 1 - len(np.unique(codes, axis=0)) / len(codes)
+
+
+def colliding_groups(codes: np.ndarray) -> Iterator[np.ndarray]:
+    """The items of each SID that several share, ids rising; groups in order of their SIDs."""
+    _, group, sizes = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
+    order = np.argsort(group.reshape(-1), kind="stable")
+    for items in np.split(order, np.cumsum(sizes)[:-1]):
+        if len(items) > 1:
+            yield items
+
+
+def resolve(codes: np.ndarray, mode: str, residuals: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """`codes` with collisions treated by `mode`, one of `MODES`; the input is left as it is.
+
+    residuals: (items, dim) what the last level quantises; codebook: (K, dim) of the last level.
+    """
+    if mode == "none":
+        return codes.copy()
+    if mode == "extra_token":
+        return extra_token(codes)
+    return {"sinkhorn": sinkhorn_last_level, "nearest_free": nearest_free}[mode](codes, residuals, codebook)
+
+
+def _distances(residuals: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """Squared distances (rows, K) in float64."""
+    x, e = residuals.astype(np.float64), codebook.astype(np.float64)
+    return (x**2).sum(1, keepdims=True) + (e**2).sum(1) - 2 * x @ e.T
+
+
+def sinkhorn_last_level(
+    codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, rounds: int = SINKHORN_ROUNDS
+) -> np.ndarray:
+    """Each colliding group's last codes chosen anew by Sinkhorn over the group, at most `rounds` times.
+
+    Items with equal residuals get equal codes, so exact duplicates still collide afterwards. An item onto whose code
+    another moves is in a colliding group from then on, and may move too.
+    """
+    codes = codes.copy()
+    for _ in range(rounds):
+        groups = list(colliding_groups(codes))
+        if not groups:
+            break
+        for items in groups:
+            distances = torch.from_numpy(_distances(residuals[items], codebook))
+            codes[items, -1] = sinkhorn(distances, SINKHORN_EPSILON, SINKHORN_ITERATIONS).argmax(dim=1).numpy()
+    return codes
+
+
+def nearest_free(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """The first item of each colliding group keeps its SID; each other one takes its nearest free last code.
+
+    Free: no item with the same prefix has it. Items move in order of their ids within a group. Ends without a
+    collision, or raises `UserError` where a prefix holds more items than the last level has codes.
+    """
+    codes = codes.copy()
+    groups = list(colliding_groups(codes))
+    if not groups:
+        return codes
+    _, prefix = np.unique(codes[:, :-1], axis=0, return_inverse=True)
+    prefix = prefix.reshape(-1)
+    sizes = np.bincount(prefix)
+    if sizes.max() > len(codebook):
+        items = np.flatnonzero(prefix == sizes.argmax())
+        name = "".join(to_sids(codes[items[:1], :-1])[0]) or "of length 0"
+        raise UserError(
+            f"prefix {name} holds {len(items)} items (the first is item {items[0]}) but its last level has only "
+            f"{len(codebook)} codes; use --collision extra_token, or larger codebooks"
+        )
+    crowded = np.unique(prefix[np.concatenate(groups)])
+    slot = np.searchsorted(crowded, prefix)  # row of `taken`, for items of crowded prefixes
+    taken = np.zeros((len(crowded), len(codebook)), dtype=bool)
+    inside = np.isin(prefix, crowded)
+    taken[slot[inside], codes[inside, -1]] = True
+    for items in groups:
+        moved = items[1:]
+        for item, distances in zip(moved, _distances(residuals[moved], codebook), strict=True):
+            code = np.where(taken[slot[item]], np.inf, distances).argmin()
+            taken[slot[item], code] = True
+            codes[item, -1] = code
+    return codes
+
+
+def extra_token(codes: np.ndarray) -> np.ndarray:
+    """One more level (items, levels + 1): 0, 1, 2, ... within each colliding group, -1 for every other item.
+
+    Without a collision, no level is added.
+    """
+    extra = np.full(len(codes), -1, dtype=codes.dtype)
+    for items in colliding_groups(codes):
+        extra[items] = np.arange(len(items))
+    return np.column_stack([codes, extra]) if (extra >= 0).any() else codes.copy()
+
+
+def quality(codes: np.ndarray) -> dict:
+    """Figures of an index: items, distinct SIDs, collision rate, most items on one SID, and by level the codes used
+    and the perplexity, which is exp of the entropy in nats: the number of codes in even use that would be as varied.
+    """
+    _, sizes = np.unique(codes, axis=0, return_counts=True)
+    used, perplexity = [], []
+    for level in codes.T:
+        share = np.unique(level[level >= 0], return_counts=True)[1] / (level >= 0).sum()
+        used.append(len(share))
+        perplexity.append(round(float(np.exp(-(share * np.log(share)).sum())), 2))
+    return {
+        "n_items": len(codes),
+        "distinct_sids": len(sizes),
+        "collision_rate": 1 - len(sizes) / len(codes),
+        "max_items_per_sid": int(sizes.max()),
+        "codes_used": used,
+        "perplexity": perplexity,
+    }
+
+
+def write_index(path: str | Path, codes: np.ndarray) -> None:
+    """Write `{"0": ["<a_1>", ...], ...}`, atomically; the same codes give the same bytes."""
+    write_json(path, {str(item): sid for item, sid in enumerate(to_sids(codes))}, indent=None)
