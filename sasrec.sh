@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Baselines on the CSVs of stage 3: popularity, markov or sasrec. Hyper-parameters are the variables below; the
+# environment overrides them: MODEL=markov TRAIN_FILE=... bash sasrec.sh
+set -euo pipefail
+
+MODEL=${MODEL:-sasrec}
+TRAIN_FILE=${TRAIN_FILE:-}
+VALID_FILE=${VALID_FILE:-}
+TEST_FILE=${TEST_FILE:-}
+INFO_FILE=${INFO_FILE:-}
+OUTPUT_DIR=${OUTPUT_DIR:-output/$MODEL}
+SEED=${SEED:-42}
+MAX_HISTORY=${MAX_HISTORY:-10}
+DEVICE=${DEVICE:-}
+
+HIDDEN_SIZE=${HIDDEN_SIZE:-64}
+NUM_LAYERS=${NUM_LAYERS:-2}
+NUM_HEADS=${NUM_HEADS:-2}
+DROPOUT=${DROPOUT:-0.2}
+
+LOSS_POSITIONS=${LOSS_POSITIONS:-all}
+EPOCHS=${EPOCHS:-9}
+SAMPLE=${SAMPLE:-10000}
+BATCH_SIZE=${BATCH_SIZE:-64}
+LEARNING_RATE=${LEARNING_RATE:-1e-3}
+WEIGHT_DECAY=${WEIGHT_DECAY:-0.01}
+EARLY_STOP=${EARLY_STOP:-5}
+
+usage() {
+    cat <<'TEXT'
+usage: TRAIN_FILE=<csv> VALID_FILE=<csv> TEST_FILE=<csv> INFO_FILE=<txt> [VARIABLE=value ...] bash sasrec.sh
+
+Trains and scores one baseline; writes metrics.json (and sasrec's model) into OUTPUT_DIR, by default output/$MODEL.
+MODEL is popularity, markov or sasrec. Paths are taken from the project's root. Every variable at the top of this file
+can be set in the environment; `python sasrec.py --help` says what each means.
+TEXT
+}
+
+case "${1:-}" in
+    "") ;;
+    -h | --help) usage; exit 0 ;;
+    *) echo "error: sasrec.sh takes no argument, found $1; set variables instead (bash sasrec.sh --help)" >&2; exit 2 ;;
+esac
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+for name in TRAIN_FILE VALID_FILE TEST_FILE INFO_FILE; do
+    [ -n "${!name}" ] || { echo "error: $name is not set; see bash sasrec.sh --help" >&2; exit 2; }
+done
+
+exec python sasrec.py \
+    --model "$MODEL" \
+    --train_file "$TRAIN_FILE" \
+    --valid_file "$VALID_FILE" \
+    --test_file "$TEST_FILE" \
+    --info_file "$INFO_FILE" \
+    --output_dir "$OUTPUT_DIR" \
+    --seed "$SEED" \
+    --max_history "$MAX_HISTORY" \
+    --device "$DEVICE" \
+    --hidden_size "$HIDDEN_SIZE" \
+    --num_layers "$NUM_LAYERS" \
+    --num_heads "$NUM_HEADS" \
+    --dropout "$DROPOUT" \
+    --loss_positions "$LOSS_POSITIONS" \
+    --epochs "$EPOCHS" \
+    --sample "$SAMPLE" \
+    --batch_size "$BATCH_SIZE" \
+    --learning_rate "$LEARNING_RATE" \
+    --weight_decay "$WEIGHT_DECAY" \
+    --early_stop "$EARLY_STOP"
