@@ -226,6 +226,14 @@ def _item_task(task: str, question: Callable, answer: Callable) -> Callable:
     return pairs
 
 
+def _sid_walk(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Pair]:
+    """The first item of a row -> every later one in order: as many targets in one row as it has items."""
+    for past, target in sequences.select("history", "target").iter_rows():
+        walk = [*past, target]
+        prompt = prompts.render("sid_walk", history=prompts.sid_history(walk[:1], items))
+        yield prompt, prompts.sid_history(walk[1:], items)
+
+
 def _sids(items: Items) -> list[str]:
     return items.sids
 
@@ -242,6 +250,7 @@ SFT_TASKS: dict[str, Callable[[pl.DataFrame, Items, Prompts], Iterator[Pair]]] =
     "sid_seq2title": _sequence_task("sid_seq2title", Prompts.sid_history, _titles),
     "title_seq2title": _sequence_task("title_seq2title", Prompts.title_history, _titles),
     "title_seq2sid": _sequence_task("title_seq2sid", Prompts.title_history, _sids),
+    "sid_walk": _sid_walk,
 }
 DEFAULT_TASKS = "sid_seq,title2sid,sid2title,sid_seq2title,title_seq2title"
 
