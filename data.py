@@ -126,14 +126,14 @@ def read_sequences(path: str | Path, sids: Sequence[str], flag: str, max_history
     advice = "which is not this catalog's SID of the item; make the CSV again from this index (convert_dataset.sh)"
     sid_of = pl.Series(sids)
     refuse(rows.filter(table["item_sid"] != sid_of.gather(rows["target"])), "item_sid", advice)
-    written = table["history_item_sid"].str.extract_all(r"(?:<[a-z]+_\d+>)+").list.join(" ")
-    expected = (
-        rows.select("row", "history")
-        .explode("history")
-        .with_columns(sid=sid_of.gather(rows["history"].explode()))
+    written = table["history_item_sid"].str.extract_all(r"(?:<[a-z]+_\d+>)+").list.join(" ").fill_null("")
+    items = rows.select("row", item="history").explode("item").drop_nulls()
+    joined = (
+        items.with_columns(sid=sid_of.gather(items["item"]))
         .group_by("row", maintain_order=True)
-        .agg(pl.col("sid").drop_nulls().str.join(" "))["sid"]
+        .agg(pl.col("sid").str.join(" "))
     )
+    expected = rows.select("row").join(joined, on="row", how="left", maintain_order="left")["sid"].fill_null("")
     refuse(rows.filter(written != expected), "history_item_sid", advice)
     return rows.select("user", pl.col("history").list.tail(max_history), "target")
 

@@ -147,7 +147,9 @@ def test_padding_batching_and_temperature():
     ids, mask = prompts_of(lengths)
     together = beam_search(model, trie, ids, mask, 6, temperature=0.7)
     for row, length in enumerate(lengths):
-        alone = beam_search(model, trie, ids[row : row + 1, -length:], mask[row : row + 1, -length:], 6, temperature=0.7)
+        alone = beam_search(
+            model, trie, ids[row : row + 1, -length:], mask[row : row + 1, -length:], 6, temperature=0.7
+        )
         assert alone.leaf[0].tolist() == together.leaf[row].tolist()
         torch.testing.assert_close(alone.score[0], together.score[row], atol=1e-4, rtol=0)
     best = sids[together.leaf[0, 0]]

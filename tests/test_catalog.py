@@ -45,9 +45,7 @@ def test_trie_equals_a_dictionary(seed):
         allowed = trie.allowed(torch.tensor(node))
         tokens = allowed.token[allowed.mask].tolist()
         assert trie.leaf[node] == -1 and tokens == sorted(children[prefix])
-        return sum(
-            walk((*prefix, t), n) for t, n in zip(tokens, allowed.node[allowed.mask].tolist(), strict=True)
-        )
+        return sum(walk((*prefix, t), n) for t, n in zip(tokens, allowed.node[allowed.mask].tolist(), strict=True))
 
     assert walk((), 0) == len(sequences) == trie.n_leaves
     assert trie.depth == max(map(len, sequences))
