@@ -133,6 +133,7 @@ def training_arguments(options: Options, completion_length: int) -> GRPOConfig:
     return GRPOConfig(
         output_dir=options.output_dir,
         seed=options.seed,
+        use_cpu=not torch.accelerator.is_available(),
         per_device_train_batch_size=options.train_batch_size,
         per_device_eval_batch_size=options.eval_batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Baselines on the CSVs of stage 3: popularity, markov or sasrec. Hyper-parameters are the variables below; the
-# environment overrides them: MODEL=markov TRAIN_FILE=... bash sasrec.sh
+# Baselines on the CSVs of stage 3: MODEL=popularity, markov or sasrec. Edit the variables here or set them in the environment.
 set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source launch.sh
 
 MODEL=${MODEL:-sasrec}
 TRAIN_FILE=${TRAIN_FILE:-}
@@ -12,12 +13,10 @@ OUTPUT_DIR=${OUTPUT_DIR:-output/$MODEL}
 SEED=${SEED:-42}
 MAX_HISTORY=${MAX_HISTORY:-10}
 DEVICE=${DEVICE:-}
-
 HIDDEN_SIZE=${HIDDEN_SIZE:-64}
 NUM_LAYERS=${NUM_LAYERS:-2}
 NUM_HEADS=${NUM_HEADS:-2}
 DROPOUT=${DROPOUT:-0.2}
-
 LOSS_POSITIONS=${LOSS_POSITIONS:-all}
 EPOCHS=${EPOCHS:-9}
 SAMPLE=${SAMPLE:-10000}
@@ -36,17 +35,8 @@ can be set in the environment; `python sasrec.py --help` says what each means.
 TEXT
 }
 
-case "${1:-}" in
-    "") ;;
-    -h | --help) usage; exit 0 ;;
-    *) echo "error: sasrec.sh takes no argument, found $1; set variables instead (bash sasrec.sh --help)" >&2; exit 2 ;;
-esac
-cd "$(dirname "${BASH_SOURCE[0]}")"
-
-for name in TRAIN_FILE VALID_FILE TEST_FILE INFO_FILE; do
-    [ -n "${!name}" ] || { echo "error: $name is not set; see bash sasrec.sh --help" >&2; exit 2; }
-done
-
+refuse_arguments "$@"
+require TRAIN_FILE VALID_FILE TEST_FILE INFO_FILE
 exec python sasrec.py \
     --model "$MODEL" \
     --train_file "$TRAIN_FILE" \

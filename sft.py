@@ -173,6 +173,7 @@ def training_arguments(options: Options) -> TrainingArguments:
     return TrainingArguments(
         output_dir=options.output_dir,
         seed=options.seed,
+        use_cpu=not torch.accelerator.is_available(),
         per_device_train_batch_size=options.micro_batch_size,
         per_device_eval_batch_size=4 * options.micro_batch_size,
         gradient_accumulation_steps=options.accumulation_steps(),

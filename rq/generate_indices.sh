@@ -1,6 +1,16 @@
 #!/usr/bin/env bash
-# Semantic IDs from a trained RQ-VAE.
+# Semantic IDs from a trained RQ-VAE. Edit the variables here or set them in the environment.
 set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch.sh
+
+CKPT_PATH=${CKPT_PATH:-}
+DATA_PATH=${DATA_PATH:-}
+OUTPUT_FILE=${OUTPUT_FILE:-}
+ITEM_META_PATH=${ITEM_META_PATH:-}
+COLLISION=${COLLISION:-nearest_free}
+BATCH_SIZE=${BATCH_SIZE:-20480}
+DEVICE=${DEVICE:-}
 
 usage() {
     cat <<'TEXT'
@@ -17,25 +27,8 @@ Variables, with their defaults:
 TEXT
 }
 
-case "${1:-}" in
-    "") ;;
-    -h | --help) usage; exit 0 ;;
-    *) echo "error: unknown argument $1; bash rq/generate_indices.sh --help lists the variables" >&2; exit 2 ;;
-esac
-
-CKPT_PATH=${CKPT_PATH:-}
-DATA_PATH=${DATA_PATH:-}
-OUTPUT_FILE=${OUTPUT_FILE:-}
-ITEM_META_PATH=${ITEM_META_PATH:-}
-COLLISION=${COLLISION:-nearest_free}
-BATCH_SIZE=${BATCH_SIZE:-20480}
-DEVICE=${DEVICE:-}
-
-for name in CKPT_PATH DATA_PATH OUTPUT_FILE; do
-    [ -n "${!name}" ] || { echo "error: $name is not set; bash rq/generate_indices.sh --help" >&2; exit 2; }
-done
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
+refuse_arguments "$@"
+require CKPT_PATH DATA_PATH OUTPUT_FILE
 exec python -m rq.generate_indices --ckpt_path "$CKPT_PATH" --data_path "$DATA_PATH" --output_file "$OUTPUT_FILE" \
     --collision "$COLLISION" --batch_size "$BATCH_SIZE" \
     ${ITEM_META_PATH:+--item_meta_path "$ITEM_META_PATH"} ${DEVICE:+--device "$DEVICE"}

@@ -1,28 +1,8 @@
 #!/usr/bin/env bash
-# Train an RQ-VAE on item embeddings.
+# Train an RQ-VAE on item embeddings. Edit the variables here or set them in the environment.
 set -euo pipefail
-
-usage() {
-    cat <<'TEXT'
-usage: DATA_PATH=<D>.emb-<plm>-td.npy CKPT_DIR=<folder> bash rq/rqvae.sh
-
-reads   DATA_PATH   item embeddings, float32 (items, dim)           (required)
-writes  CKPT_DIR    best_loss and best_collision checkpoints        (required)
-
-Started again, it goes on where it was killed; a finished run is left as it is.
-Variables, with their defaults (lists are separated by blanks):
-  LR=1e-3 EPOCHS=10000 BATCH_SIZE=20480 EVAL_STEP=50 LEARNER=AdamW LR_SCHEDULER_TYPE=constant WARMUP_EPOCHS=50
-  WEIGHT_DECAY=1e-4 DROPOUT_PROB=0.0 BN=False LOSS_TYPE=mse KMEANS_INIT=True KMEANS_ITERS=100
-  NUM_EMB_LIST="256 256 256" SK_EPSILONS="" (none: 0 at every level) SK_ITERS=50 E_DIM=32 QUANT_LOSS_WEIGHT=1.0
-  BETA=0.25 LAYERS="2048 1024 512 256 128 64" SAVE_LIMIT=5 SEED=2024 DEVICE="" (cuda if there is one) OVERWRITE=False
-TEXT
-}
-
-case "${1:-}" in
-    "") ;;
-    -h | --help) usage; exit 0 ;;
-    *) echo "error: unknown argument $1; bash rq/rqvae.sh --help lists the variables" >&2; exit 2 ;;
-esac
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch.sh
 
 DATA_PATH=${DATA_PATH:-}
 CKPT_DIR=${CKPT_DIR:-}
@@ -51,11 +31,24 @@ SEED=${SEED:-2024}
 DEVICE=${DEVICE:-}
 OVERWRITE=${OVERWRITE:-False}
 
-for name in DATA_PATH CKPT_DIR; do
-    [ -n "${!name}" ] || { echo "error: $name is not set; bash rq/rqvae.sh --help" >&2; exit 2; }
-done
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+usage() {
+    cat <<'TEXT'
+usage: DATA_PATH=<D>.emb-<plm>-td.npy CKPT_DIR=<folder> bash rq/rqvae.sh
 
+reads   DATA_PATH   item embeddings, float32 (items, dim)           (required)
+writes  CKPT_DIR    best_loss and best_collision checkpoints        (required)
+
+Started again, it goes on where it was killed; a finished run is left as it is.
+Variables, with their defaults (lists are separated by blanks):
+  LR=1e-3 EPOCHS=10000 BATCH_SIZE=20480 EVAL_STEP=50 LEARNER=AdamW LR_SCHEDULER_TYPE=constant WARMUP_EPOCHS=50
+  WEIGHT_DECAY=1e-4 DROPOUT_PROB=0.0 BN=False LOSS_TYPE=mse KMEANS_INIT=True KMEANS_ITERS=100
+  NUM_EMB_LIST="256 256 256" SK_EPSILONS="" (none: 0 at every level) SK_ITERS=50 E_DIM=32 QUANT_LOSS_WEIGHT=1.0
+  BETA=0.25 LAYERS="2048 1024 512 256 128 64" SAVE_LIMIT=5 SEED=2024 DEVICE="" (cuda if there is one) OVERWRITE=False
+TEXT
+}
+
+refuse_arguments "$@"
+require DATA_PATH CKPT_DIR
 # Lists are unquoted on purpose: one word is one value.
 exec python -m rq.rqvae --data_path "$DATA_PATH" --ckpt_dir "$CKPT_DIR" \
     --lr "$LR" --epochs "$EPOCHS" --batch_size "$BATCH_SIZE" --eval_step "$EVAL_STEP" \

@@ -1,6 +1,18 @@
 #!/usr/bin/env bash
-# Embed the items' text.
+# Embed the items' text. Edit the variables here or set them in the environment.
 set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source launch.sh
+
+DATASET=${DATASET:-}
+ROOT=${ROOT:-}
+PLM_NAME=${PLM_NAME:-}
+PLM_CHECKPOINT=${PLM_CHECKPOINT:-}
+MAX_SENT_LEN=${MAX_SENT_LEN:-2048}
+BATCH_SIZE=${BATCH_SIZE:-64}
+WORD_DROP_RATIO=${WORD_DROP_RATIO:--1}
+SEED=${SEED:-42}
+DEVICE=${DEVICE:-}
 
 usage() {
     cat <<'TEXT'
@@ -15,27 +27,8 @@ Variables, with their defaults:
 TEXT
 }
 
-case "${1:-}" in
-    "") ;;
-    -h | --help) usage; exit 0 ;;
-    *) echo "error: unknown argument $1; bash rq/text2emb/amazon_text2emb.sh --help lists the variables" >&2; exit 2 ;;
-esac
-
-DATASET=${DATASET:-}
-ROOT=${ROOT:-}
-PLM_NAME=${PLM_NAME:-}
-PLM_CHECKPOINT=${PLM_CHECKPOINT:-}
-MAX_SENT_LEN=${MAX_SENT_LEN:-2048}
-BATCH_SIZE=${BATCH_SIZE:-64}
-WORD_DROP_RATIO=${WORD_DROP_RATIO:--1}
-SEED=${SEED:-42}
-DEVICE=${DEVICE:-}
-
-for name in DATASET ROOT PLM_NAME PLM_CHECKPOINT; do
-    [ -n "${!name}" ] || { echo "error: $name is not set; bash rq/text2emb/amazon_text2emb.sh --help" >&2; exit 2; }
-done
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-
+refuse_arguments "$@"
+require DATASET ROOT PLM_NAME PLM_CHECKPOINT
 exec python -m rq.text2emb.amazon_text2emb --dataset "$DATASET" --root "$ROOT" --plm_name "$PLM_NAME" \
     --plm_checkpoint "$PLM_CHECKPOINT" --max_sent_len "$MAX_SENT_LEN" --batch_size "$BATCH_SIZE" \
     --word_drop_ratio "$WORD_DROP_RATIO" --seed "$SEED" ${DEVICE:+--device "$DEVICE"}

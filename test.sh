@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The tests. `bash test.sh` runs the fast ones, `bash test.sh all` the slow and distributed ones too.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source environment.sh
+
+case "${1:-}" in
+    "") selection=(-m "not slow and not distributed and not vllm") ;;
+    all) selection=() ;;
+    -h | --help) sed -n '2s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) echo "error: unknown argument $1; expected nothing or all" >&2; exit 2 ;;
+esac
+
+prepare_environment
+ruff check .
+ruff format --check .
+exec python -m pytest "${selection[@]}"
