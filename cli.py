@@ -124,13 +124,14 @@ MARK = "stage.json"
 
 
 def _fingerprint(options) -> dict:
-    """The options, and size and time of every file that they name: what a stage's result depends on."""
+    """The options, and size and time of every file (or file of a folder) that they name: what a result depends on."""
     values = json.loads(json.dumps(dataclasses.asdict(options)))
     files = {}
     for name, value in values.items():
-        if isinstance(value, str) and value and name != "output_dir" and Path(value).is_file():
-            stat = Path(value).stat()
-            files[name] = [stat.st_size, stat.st_mtime_ns]
+        if isinstance(value, str) and value and name != "output_dir":
+            paths = sorted(Path(value).iterdir()) if Path(value).is_dir() else [Path(value)]
+            stats = [(path.name, path.stat()) for path in paths if path.is_file()]
+            files[name] = [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
     return {"options": values, "files": files}
 
 

@@ -23,7 +23,7 @@ when the command is given again; one that was killed goes on.
   DATASET      a folder in the published layout (train/ valid/ test/*.csv, info/*.txt, *.index.json, *.item.json in it
                or in index/); default: MovieLens-100K from the recbole wheel
   BASE_MODEL   a causal LM folder or hub name; default: a small untrained Qwen2 with a tokenizer of the data's own
-  OUTPUT       where everything goes; default output/quickstart. Use one folder for one data set.
+  OUTPUT       where everything goes; default output/quickstart. One folder for one data set; remove it to start over.
   CATEGORY     what the prompts call the items
   SEED         default 42
   SFT_EPOCHS SFT_TASKS SFT_LEARNING_RATE RL_ROWS RL_LEARNING_RATE … the variables in run.sh
@@ -41,7 +41,7 @@ stale=no
 stage() {
     local name=$1 what=$2 mark="$OUTPUT/stages/$1.done" started=$SECONDS
     shift 2
-    local words="$*"
+    local words="SEED=$SEED CATEGORY=$CATEGORY TRAIN_FILE=${TRAIN_FILE:-} $*"
     if [ $stale = no ] && [ "$(tail -n +2 "$mark" 2>/dev/null)" = "$words" ]; then
         echo "[$name] $what: done before, in $(head -n 1 "$mark") s"
         return
@@ -79,11 +79,11 @@ if [ -z "$DATASET" ]; then
         python -m preprocess.movielens --output_dir "$DATA"
     stage text2emb "item texts to embeddings by all-MiniLM-L6-v2" \
         env DATASET=$NAME ROOT="$DATA" PLM_NAME=minilm PLM_CHECKPOINT="$ENCODER" bash rq/text2emb/amazon_text2emb.sh
-    # A small encoder and balanced (Sinkhorn) levels: 1 682 films fill the codebooks evenly within seconds.
+    # Two balanced (Sinkhorn) levels are plenty for 1 682 films, and every level is a token of each film in a prompt.
     stage rqvae "RQ-VAE on the embeddings" \
         env DATA_PATH="$EMBEDDING" CKPT_DIR="$OUTPUT/rqvae" OVERWRITE=True LAYERS=256 LR=3e-3 EPOCHS=60 BATCH_SIZE=512 \
         EVAL_STEP=20 WARMUP_EPOCHS=5 LR_SCHEDULER_TYPE=linear QUANT_LOSS_WEIGHT=0.1 \
-        SK_EPSILONS="0.01 0.01 0.01" SK_ITERS=30 bash rq/rqvae.sh
+        NUM_EMB_LIST="256 256" SK_EPSILONS="0.01 0.01" SK_ITERS=30 bash rq/rqvae.sh
     stage sids "semantic IDs without collisions" \
         env CKPT_PATH="$OUTPUT/rqvae" DATA_PATH="$EMBEDDING" OUTPUT_FILE="$INDEX" COLLISION=nearest_free \
         bash rq/generate_indices.sh
@@ -120,9 +120,9 @@ fi
 
 stage sft "supervised fine-tuning" \
     env BASE_MODEL="$BASE_MODEL" TRAIN_FROM_SCRATCH=$FROM_SCRATCH EVAL_FILE="$VALID" SID_INDEX_PATH="$INDEX" \
-    ITEM_META_PATH="$ITEMS" OUTPUT_DIR="$OUTPUT/sft" BATCH_SIZE="${SFT_BATCH_SIZE:-256}" \
-    MICRO_BATCH_SIZE="${SFT_MICRO_BATCH_SIZE:-256}" NUM_EPOCHS="${SFT_EPOCHS:-1}" \
-    LEARNING_RATE="${SFT_LEARNING_RATE:-2e-3}" SFT_TASKS="${SFT_TASKS:-sid_seq,title2sid,sid2title,sid_seq2title:0.02,title_seq2title:0.02}" \
+    ITEM_META_PATH="$ITEMS" OUTPUT_DIR="$OUTPUT/sft" BATCH_SIZE="${SFT_BATCH_SIZE:-64}" \
+    MICRO_BATCH_SIZE="${SFT_MICRO_BATCH_SIZE:-64}" NUM_EPOCHS="${SFT_EPOCHS:-1}" \
+    LEARNING_RATE="${SFT_LEARNING_RATE:-2e-3}" SFT_TASKS="${SFT_TASKS:-sid_walk:0.7,sid_seq:0.7,title2sid,sid2title,sid_seq2title:0.02,title_seq2title:0.02}" \
     bash sft.sh
 stage sft_evaluate "the SFT model on the test rows" \
     env BASE_MODEL="$OUTPUT/sft" TEST_DATA_PATH="$TEST" RESULT_JSON_DATA="$OUTPUT/sft.json" BATCH_SIZE=32 bash evaluate.sh

@@ -1,0 +1,47 @@
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from cli import HfArg, UserError, atomic_file, begin, finish, read_json, require_file, write_json
+
+
+@dataclass
+class Options:
+    output_dir: str = HfArg(default="")
+    data: str = HfArg(default="")
+    lr: float = HfArg(default=1.0)
+
+
+def test_begin_and_finish(tmp_path):
+    """Complete and resume need the same options and the same input files, those of a folder included."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("1")
+    options = Options(output_dir=str(tmp_path / "out"), data=str(tmp_path / "model"))
+    assert begin(options.output_dir, options) == "fresh"
+    assert begin(options.output_dir, options) == "resume"
+    finish(options.output_dir, options)
+    assert begin(options.output_dir, options) == "complete"
+    (tmp_path / "model" / "weights").write_text("22")
+    assert begin(options.output_dir, options) == "fresh"
+    finish(options.output_dir, options)
+    options.lr = 2.0
+    assert begin(options.output_dir, options) == "fresh"
+
+
+def test_atomic_file_leaves_nothing_half_written(tmp_path):
+    path = tmp_path / "a" / "x.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), atomic_file(path) as f:
+        f.write("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_reading(tmp_path):
+    with pytest.raises(UserError, match="--flag is required"):
+        require_file("", "flag")
+    (tmp_path / "x").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_json(tmp_path / "x", "flag")
