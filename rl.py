@@ -198,7 +198,15 @@ def main(options: Options) -> None:
     )
     trainer.train(resume_from_checkpoint=resume)
     if args.process_index == 0:
-        print(f"best validation {args.metric_for_best_model}: {trainer.state.best_metric:.4f}, at {trainer.state.best_model_checkpoint}")
+        start = next(
+            entry[args.metric_for_best_model]
+            for entry in trainer.state.log_history
+            if args.metric_for_best_model in entry
+        )
+        print(f"validation {args.metric_for_best_model} before training: {start:.4f}")
+        print(
+            f"best validation {args.metric_for_best_model}: {trainer.state.best_metric:.4f}, at {trainer.state.best_model_checkpoint}"
+        )
         model = trainer.accelerator.unwrap_model(trainer.model)
         checkpoint.save(model, trainer.processing_class, prompts.path, options.output_dir)
         checkpoint.remove_checkpoints(options.output_dir)

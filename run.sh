@@ -128,9 +128,9 @@ stage sft_evaluate "the SFT model on the test rows" \
     env BASE_MODEL="$OUTPUT/sft" TEST_DATA_PATH="$TEST" RESULT_JSON_DATA="$OUTPUT/sft.json" BATCH_SIZE=32 bash evaluate.sh
 
 stage rl "reinforcement learning from the SFT model" \
-    env MODEL_PATH="$OUTPUT/sft" EVAL_FILE="$VALID" OUTPUT_DIR="$OUTPUT/rl" SAMPLE_TRAIN="${RL_ROWS:-2048}" \
-    NUM_TRAIN_EPOCHS=1 TRAIN_BATCH_SIZE=512 GRADIENT_ACCUMULATION_STEPS=1 \
-    LEARNING_RATE="${RL_LEARNING_RATE:-1e-4}" bash rl.sh
+    env MODEL_PATH="$OUTPUT/sft" EVAL_FILE="$VALID" OUTPUT_DIR="$OUTPUT/rl" SAMPLE_TRAIN="${RL_ROWS:-3072}" \
+    NUM_GENERATIONS="${RL_GENERATIONS:-32}" NUM_TRAIN_EPOCHS=1 TRAIN_BATCH_SIZE=512 GRADIENT_ACCUMULATION_STEPS=1 \
+    EVAL_STEP=0.2 LEARNING_RATE="${RL_LEARNING_RATE:-1e-5}" bash rl.sh
 stage rl_evaluate "the RL model on the test rows" \
     env BASE_MODEL="$OUTPUT/rl" TEST_DATA_PATH="$TEST" RESULT_JSON_DATA="$OUTPUT/rl.json" BATCH_SIZE=32 bash evaluate.sh
 
