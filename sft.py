@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import checkpoint
 from catalog import codebook_tokens, read_index
@@ -157,6 +158,16 @@ class Collator:
         }
 
 
+class SFTTrainer(Trainer):
+    """`transformers.Trainer` whose length groups are those of the global batch, on any number of processes."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        global_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(global_batch, lengths=[len(row["input_ids"]) for row in self.train_dataset])
+
+
 # ------------------------------------------------------------------------------------------------ the stage
 
 
@@ -242,7 +253,7 @@ def main(options: Options) -> None:
         )
 
     patience = options.early_stopping_patience
-    trainer = Trainer(
+    trainer = SFTTrainer(
         model=model,
         args=args,
         train_dataset=train_rows,
