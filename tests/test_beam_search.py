@@ -112,14 +112,34 @@ def test_wide_search_scores_every_sid_of_a_mixed_depth_catalog():
 def test_returns_min_of_beams_and_catalog_distinct(num_beams):
     model = random_model(CONFIGS["qwen2"]())
     rng = random.Random(2)
-    sids = [(10 + i,) for i in range(4)] + random_sids(300)[:146]
-    sids = [sid for sid in sids if len(sid) > 1 or all(s[0] != sid[0] for s in sids if len(s) > 1)]
+    sids = [(30 + i,) for i in range(4)] + random_sids(300)[:146]  # four end at once, beside deeper ones
     rng.shuffle(sids)
     ids, mask = prompts_of([3, 5])
     beams = beam_search(model, Trie.build(sids), ids, mask, num_beams)
     for row in beams.leaf.tolist():
         assert len(set(row)) == len(row) == min(num_beams, len(sids))
     assert beams.score.isfinite().all()
+
+
+@pytest.mark.parametrize("num_beams", [2, 3, 6])
+def test_equals_a_plain_loop_on_mixed_depth(num_beams):
+    """Beams in Python, a forward each; what ended waits apart and takes no running beam's place."""
+    model = random_model(CONFIGS["qwen2"]())
+    sids = sorted([(30 + i,) for i in range(4)] + [(40 + i, 50 + i) for i in range(4)] + random_sids(60, seed=3))
+    prompt, running, done = [3, 4, 5], [(0.0, ())], []
+    while running:
+        reached = []
+        for score, prefix in running:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + list(prefix)])).logits[0, -1].float()
+            log_probs = torch.log_softmax(logits, -1)
+            following = {sid[: len(prefix) + 1] for sid in sids if sid[: len(prefix)] == prefix}
+            reached += [(score + log_probs[longer[-1]].item(), longer) for longer in following]
+        done = sorted(done + [beam for beam in reached if beam[1] in sids], reverse=True)[:num_beams]
+        running = sorted((beam for beam in reached if beam[1] not in sids), reverse=True)[:num_beams]
+    beams = beam_search(model, Trie.build(sids), torch.tensor([prompt]), torch.ones(1, 3, dtype=torch.long), num_beams)
+    assert [sids[leaf] for leaf in beams.leaf[0].tolist()] == [sid for _, sid in done]
+    assert beams.score[0].tolist() == pytest.approx([score for score, _ in done], abs=1e-4)
 
 
 def test_generation_config_has_no_say():
@@ -135,7 +155,7 @@ def test_the_root_does_not_depend_on_the_prompts_last_tokens():
     """The first generated token is a child of the root after any prompt, even one that ends inside a SID."""
     model, sids = random_model(CONFIGS["qwen2"]()), random_sids(40)
     trie = Trie.build(sids)
-    for prompt in ([1, 2, 3], [10, 50], [*sids[0]], [*sids[5][:2]], [0]):
+    for prompt in ([1, 2, 3], [10, 50], [*sids[0]], [*sids[5][:2]], [2, sids[0][0]], [sids[9][0]], [0]):
         beams = beam_search(model, trie, torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long), 5)
         for leaf, score in zip(beams.leaf[0].tolist(), beams.score[0].tolist(), strict=True):
             assert score == pytest.approx(log_prob(model, prompt, sids[leaf]), abs=1e-4)

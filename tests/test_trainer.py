@@ -132,9 +132,10 @@ def test_groups_are_beams_and_rows_keep_their_own_target(policy, world, tmp_path
     rows = rl_rows(read_sequences(world.train, items.sids, "train_file"), items, Prompts())
     # one prompt for all rows: a dictionary keyed by its text could hold only one of the targets
     rows["prompt"] = ["the same prompt"] * len(rows["prompt"])
-    seen = []
+    seen, calls = [], []
 
     def spy(prompts, completions, target_sid, target_item, **_):
+        calls.append({target_item[start] for start in range(0, len(completions), 4)})
         for start in range(0, len(completions), 4):
             group = slice(start, start + 4)
             assert len(set(prompts[group])) == 1 and len(set(target_item[group])) == 1
@@ -146,6 +147,7 @@ def test_groups_are_beams_and_rows_keep_their_own_target(policy, world, tmp_path
 
     make_trainer(policy, world, tmp_path, rewards=[spy], rows=rows, max_steps=5).train()
     assert len(seen) == 10 and len(set(seen)) > 3
+    assert any(len(targets) == 2 for targets in calls)  # equal prompts of one batch, each with its own target
 
 
 def test_add_gt_puts_the_target_last_where_it_is_missing(policy, world, tmp_path):
