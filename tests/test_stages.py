@@ -254,7 +254,9 @@ def test_two_processes_evaluate_as_one(world, sft_checkpoint, tmp_path):
 def test_two_processes_train_as_one(world, base_model, tmp_path):
     for processes in (1, 2):
         output = tmp_path / str(processes)
-        run_stage("sft.sh", env=sft_environment(world, base_model, output, NPROC=processes, SFT_TASKS="sid_seq", SAMPLE=48))
+        run_stage(
+            "sft.sh", env=sft_environment(world, base_model, output, NPROC=processes, SFT_TASKS="sid_seq", SAMPLE=48)
+        )
     one, two = (weights(tmp_path / str(n)) for n in (1, 2))
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=2e-4, rtol=1e-3)
