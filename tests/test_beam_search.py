@@ -121,12 +121,13 @@ def test_returns_min_of_beams_and_catalog_distinct(num_beams):
     assert beams.score.isfinite().all()
 
 
+@pytest.mark.parametrize("seed", range(1, 6))
 @pytest.mark.parametrize("num_beams", [2, 3, 6])
-def test_equals_a_plain_loop_on_mixed_depth(num_beams):
+def test_equals_a_plain_loop_on_mixed_depth(num_beams, seed):
     """Beams in Python, a forward each; what ended waits apart and takes no running beam's place."""
     model = random_model(CONFIGS["qwen2"]())
-    sids = sorted([(30 + i,) for i in range(4)] + [(40 + i, 50 + i) for i in range(4)] + random_sids(60, seed=3))
-    prompt, running, done = [3, 4, 5], [(0.0, ())], []
+    sids = sorted([(30 + i,) for i in range(9)] + [(40 + i, 50 + i) for i in range(9)] + random_sids(12, seed=3))
+    prompt, running, done = [3, 4, seed], [(0.0, ())], []
     while running:
         reached = []
         for score, prefix in running:
