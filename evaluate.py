@@ -98,15 +98,16 @@ def main(options: Options) -> None:
         predicted[indices], predicted_scores[indices] = part, part_scores
 
     # metrics
+    cutoffs = [k for k in metrics.CUTOFFS if k <= options.num_beams]  # beyond the beams nothing was asked for
     sid_ranks, item_ranks = metrics.sid_and_item_ranks(predicted, rows["target"].to_list(), catalog)
     result = {
         "base_model": options.base_model,
         "test_data_path": options.test_data_path,
         "rows": len(rows),
         "num_beams": predicted.shape[1],
-        "item": metrics.table(item_ranks),
-        "sid": metrics.table(sid_ranks),
-        "intervals": metrics.bootstrap(item_ranks, options.seed),
+        "item": metrics.table(item_ranks, cutoffs),
+        "sid": metrics.table(sid_ranks, cutoffs),
+        "intervals": metrics.bootstrap(item_ranks, options.seed, cutoffs),
         "distinct_sids": len(np.unique(predicted[:, :10])),
         "seconds": time.perf_counter() - started,
     }
@@ -125,7 +126,7 @@ def main(options: Options) -> None:
     path = Path(options.result_json_data)
     write_json(path, predictions, indent=None)
     write_json(path.with_suffix(".metrics.json"), result)
-    print(metrics.format_table({"by SID": result["sid"], "by item": result["item"]}, metrics.CUTOFFS))
+    print(metrics.format_table({"by SID": result["sid"], "by item": result["item"]}, cutoffs))
     print(f"{len(rows)} rows in {result['seconds']:.0f} s; wrote {path} and {path.with_suffix('.metrics.json')}")
 
 

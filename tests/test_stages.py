@@ -113,6 +113,7 @@ def test_evaluate(world, sft_checkpoint, tmp_path):
     hits = sum(row["output"] in row["predict"][:5] for row in rows)
     assert result["sid"]["HR@5"] == pytest.approx(hits / 12)
     assert result["item"]["HR@5"] <= result["sid"]["HR@5"]
+    assert "HR@20" in result["item"] and "HR@50" not in result["item"]  # 20 beams say nothing of the 50th place
 
 
 def test_rl(world, sft_checkpoint, tmp_path):
