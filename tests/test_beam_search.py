@@ -122,11 +122,14 @@ def test_returns_min_of_beams_and_catalog_distinct(num_beams):
 
 
 @pytest.mark.parametrize("seed", range(1, 6))
-@pytest.mark.parametrize("num_beams", [2, 3, 6])
+@pytest.mark.parametrize("num_beams", [3, 12])
 def test_equals_a_plain_loop_on_mixed_depth(num_beams, seed):
     """Beams in Python, a forward each; what ended waits apart and takes no running beam's place."""
     model = random_model(CONFIGS["qwen2"]())
     sids = sorted([(30 + i,) for i in range(9)] + [(40 + i, 50 + i) for i in range(9)] + random_sids(12, seed=3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.3 if parameter.ndim > 1 else 1.0)  # flat enough that places among the beams matter
     prompt, running, done = [3, 4, seed], [(0.0, ())], []
     while running:
         reached = []
