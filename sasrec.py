@@ -45,6 +45,7 @@ from catalog import Catalog
 from cli import HfArg, UserError, atomic_file, not_built, read_json, require_file, run, write_json
 from data import read_info, read_sequences, target_counts
 from metrics import CUTOFFS, bootstrap, format_table, ranks_of_scores, table
+from rq.embeddings import pick_device
 
 MODELS = ("popularity", "markov", "sasrec")
 INPUTS = ("train_file", "valid_file", "test_file", "info_file")
@@ -99,14 +100,6 @@ def check(options: Options) -> None:
     for flag, kept, expected in rules:
         if not kept:
             raise UserError(f"--{flag} {getattr(o, flag)}: expected {expected}")
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`, or cuda if there is one; raises `UserError` for one that cannot hold a tensor."""
-    try:
-        return torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; leave it out to take what there is") from None
 
 
 # ------------------------------------------------------------------------------------------------ counts
@@ -243,7 +236,7 @@ class SASRec(nn.Module):
 def sasrec(train: pl.DataFrame, valid: pl.DataFrame, catalog: Catalog, options: Options) -> Scorer:
     """Train, keep the epoch with the best valid NDCG@10, save it, and return its scores."""
     torch.manual_seed(options.seed)
-    device = choose_device(options.device)
+    device = pick_device(options.device)
     sizes = {k: getattr(options, k) for k in ("max_history", "hidden_size", "num_layers", "num_heads", "dropout")}
     model = SASRec(n_items=catalog.n_items, **sizes).to(device)
     histories, targets = model.pad(train["history"].to_list()), train["target"].to_torch().to(device)
