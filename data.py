@@ -138,6 +138,15 @@ def read_sequences(path: str | Path, sids: Sequence[str], flag: str, max_history
     return rows.select("user", pl.col("history").list.tail(max_history), "target")
 
 
+def read_preferences(path: str | Path, flag: str = "user_preference_file") -> pl.DataFrame:
+    """Columns user, preference from a JSON object `{"user id": "what they like", …}`; a user may be missing."""
+    content = read_json(path, flag)
+    for user, text in content.items():
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{path}: user {user!r} has {str(text)[:60]!r}, expected a text; check --{flag}")
+    return pl.DataFrame({"user": list(content), "preference": [" ".join(text.split()) for text in content.values()]})
+
+
 def target_counts(sequences: pl.DataFrame, n_items: int) -> list[int]:
     """How often each item is a target, as a list of length `n_items`: popularity."""
     counts = dict(sequences.group_by("target").len().iter_rows())
@@ -234,6 +243,29 @@ def _sid_walk(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterat
         yield prompt, prompts.sid_history(walk[1:], items)
 
 
+def _preferences(sequences: pl.DataFrame, items: Items) -> Iterator[tuple[list[int], int, str]]:
+    """(history, target, preference) of the samples whose user has one; a preference that names the answer is refused."""
+    if "preference" not in sequences.columns:
+        raise UserError("the preference tasks need --user_preference_file; give it, or leave them out of --sft_tasks")
+    for user, past, target, text in sequences.select("user", "history", "target", "preference").iter_rows():
+        if text is not None:
+            if items.sids[target] in text:
+                raise UserError(
+                    f"--user_preference_file: user {user}'s text holds {items.sids[target]}, an answer of theirs"
+                )
+            yield past, target, text
+
+
+def _sid_seq2preference(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Pair]:
+    for past, _, text in _preferences(sequences, items):
+        yield prompts.render("sid_seq2preference", history=prompts.sid_history(past, items)), text
+
+
+def _preference2sid(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Pair]:
+    for _, target, text in _preferences(sequences, items):
+        yield prompts.render("preference2sid", preference=text), items.sids[target]
+
+
 def _sids(items: Items) -> list[str]:
     return items.sids
 
@@ -251,6 +283,8 @@ SFT_TASKS: dict[str, Callable[[pl.DataFrame, Items, Prompts], Iterator[Pair]]] =
     "title_seq2title": _sequence_task("title_seq2title", Prompts.title_history, _titles),
     "title_seq2sid": _sequence_task("title_seq2sid", Prompts.title_history, _sids),
     "sid_walk": _sid_walk,
+    "sid_seq2preference": _sid_seq2preference,
+    "preference2sid": _preference2sid,
 }
 DEFAULT_TASKS = "sid_seq,title2sid,sid2title,sid_seq2title,title_seq2title"
 
