@@ -8,11 +8,11 @@ import hashlib
 import re
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import polars as pl
 import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -63,52 +63,37 @@ def _take(values: np.ndarray, begin: np.ndarray, lengths: np.ndarray) -> np.ndar
 def tokenize(pairs: Sequence[Pair], tokenizer, suffix: str, separator: str) -> Rows:
     """Rows of (prompt, answer) pairs: prompt, answer, `suffix`, end of sequence; the ids that `tokenizer` gives them.
 
-    Prompts repeat the same SIDs and titles over and over, so each distinct piece is tokenised once. A prompt is cut
-    beside SID tokens, where a tokenizer cuts too, and before the space in the `separator` of titles, provided that the
-    tokenizer's pre-tokenizer cuts there between all words that meet. Where a sample of prompts shows that pieces do not
-    add up (a tokenizer that treats the beginning of a text apart), prompts are tokenised whole.
+    Prompts repeat the same SIDs and titles over and over, so they are cut and each distinct piece is tokenised once
+    (`cut`). Where pieces would not give the same ids, prompts are tokenised whole.
     """
-    prompts, answers = [prompt for prompt, _ in pairs], [answer + suffix for _, answer in pairs]
-    cutter = cutter_for(tokenizer, prompts, separator)
-    known: dict[str, int] = {}
-    pieces, counts = [], []
-    for text in prompts:
-        parts = cutter.pieces(text) if cutter else [text]
-        pieces += [known.setdefault(part, len(known)) for part in parts]
-        counts.append(len(parts))
-    answer_piece = [known.setdefault(text, len(known)) for text in answers]
+    prompts = pl.Series([prompt for prompt, _ in pairs])
+    answers = pl.Series([answer + suffix for _, answer in pairs])
+    pieces = cut(prompts, tokenizer, separator)
+    if pieces is None:
+        pieces = Pieces.of(prompts.reshape((-1, 1)).arr.to_list())
+    answer_pieces = Pieces.of(answers.reshape((-1, 1)).arr.to_list())
 
-    encoded = [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(list(known), add_special_tokens=False)]
-    frame = len(encoded)  # the three pieces that stand around every prompt and answer
-    encoded += [*_special_ids(tokenizer), [tokenizer.eos_token_id]]
+    before, after = _special_ids(tokenizer)
+    encoded = [*_ids(tokenizer, pieces.texts), *_ids(tokenizer, answer_pieces.texts), before, after]
+    encoded.append([tokenizer.eos_token_id])
     lengths = np.array([len(ids) for ids in encoded])
     values, begin = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in encoded]), _starts(lengths)[:-1]
 
     # every row as pieces: what the tokenizer puts first, the prompt's, what it puts last, answer, end of sequence
-    counts, n = np.array(counts), len(pairs)
-    ends = np.cumsum(counts + 4)
-    row_pieces = np.full(counts.sum() + 4 * n, -1)
-    row_pieces[ends - counts - 4] = frame
-    row_pieces[np.stack([ends - 3, ends - 2, ends - 1])] = np.stack(
-        [np.full(n, frame + 1), np.array(answer_piece), np.full(n, frame + 2)]
-    )
-    row_pieces[row_pieces < 0] = pieces
-    row_lengths = np.add.reduceat(lengths[row_pieces], ends - counts - 4)
-    answer_lengths = lengths[answer_piece] + 1
+    n, frame = len(pairs), len(encoded) - 3
+    ends = np.cumsum(pieces.counts + 4)
+    begins = ends - pieces.counts - 4
+    row_pieces = np.full(len(pieces.index) + 4 * n, -1)
+    row_pieces[begins], row_pieces[ends - 3], row_pieces[ends - 1] = frame, frame + 1, frame + 2
+    row_pieces[ends - 2] = len(pieces.texts) + answer_pieces.index
+    row_pieces[row_pieces < 0] = pieces.index
     tokens = _take(values, begin[row_pieces], lengths[row_pieces])
-    return Rows(tokens, _starts(row_lengths), answer_lengths.astype(np.int32))
+    row_lengths = np.add.reduceat(lengths[row_pieces], begins)
+    return Rows(tokens, _starts(row_lengths), (lengths[row_pieces[ends - 2]] + 1).astype(np.int32))
 
 
-SAMPLE = 256  # prompts that are tokenised both ways
-
-
-def cutter_for(tokenizer, prompts: Sequence[str], separator: str) -> "Cutter | None":
-    """How `prompts` may be cut so that their ids are those of the pieces; None: not at all."""
-    backend = tokenizer.backend_tokenizer
-    cut = re.compile(re.escape(separator[: separator.find(" ")]) + "(?= )") if " " in separator else None
-    sids = {token for token in tokenizer.get_added_vocab() if SID_TOKEN.fullmatch(token)}
-    cutter = Cutter(sids, cut if cut and _cuts_at(backend, prompts, Cutter(sids, cut)) else None)
-    return cutter if _adds_up(backend, prompts[:: max(1, len(prompts) // SAMPLE)], cutter) else None
+def _ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def _special_ids(tokenizer) -> tuple[list[int], list[int]]:
@@ -118,65 +103,80 @@ def _special_ids(tokenizer) -> tuple[list[int], list[int]]:
     return framed[:before], framed[before + len(bare) :]
 
 
-class Cutter:
-    """Cuts texts into pieces which, joined, are the text: around the tokens `sids` and behind each match of `cut`."""
+class Pieces(NamedTuple):
+    """Texts as pieces which, joined, are the text."""
 
-    def __init__(self, sids: set[str], cut: re.Pattern | None):
-        self.sids, self.cut = sids, cut
-        self.beside_sid = re.compile(f"({SID_TOKEN.pattern.replace('(', '(?:')})")
+    texts: list[str]  # the distinct pieces
+    index: np.ndarray  # (all pieces,) which of them, text by text
+    counts: np.ndarray  # (texts,) pieces of each text
 
-    def segments(self, text: str) -> list[str]:
-        """Around SID tokens alone."""
-        if "<" not in text:
-            return [text]
-        parts = [""]
-        for part in self.beside_sid.split(text):  # a text that only looks like a SID token stays where it is
-            if part in self.sids:
-                parts += [part, ""]
-            else:
-                parts[-1] += part
-        return [part for part in parts if part]
-
-    def pieces(self, text: str) -> list[str]:
-        parts = []
-        for segment in self.segments(text):
-            begin = 0
-            for match in self.cut.finditer(segment) if self.cut else ():
-                parts.append(segment[begin : match.end()])
-                begin = match.end()
-            parts.append(segment[begin:])
-        return [part for part in parts if part]
+    @classmethod
+    def of(cls, parts: pl.Series) -> "Pieces":
+        """From a column of lists of strings."""
+        encoded = parts.explode().to_arrow().dictionary_encode()
+        counts = parts.list.len().to_numpy().astype(np.int64)
+        return cls(encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64), counts)
 
 
-def _cuts_at(backend, prompts: Sequence[str], cutter: Cutter) -> bool:
-    """Whether the pre-tokenizer cuts where `cutter.cut` does, whatever words stand left and right of it here."""
-    if backend.pre_tokenizer is None:
-        return False
-    between_sids = Cutter(set(), cutter.cut)
-    neighbours = set()
-    for segment in {segment for text in prompts for segment in cutter.segments(text)}:
-        neighbours.update(pairwise(between_sids.pieces(segment)))
-    words = {(_LAST_WORD.search(a[-64:]).group(), _FIRST_WORD.match(b).group()) for a, b in neighbours}
-    for left, right in words:
-        if all(begin != len(left) for _, (begin, _) in backend.pre_tokenizer.pre_tokenize_str(left + right)):
-            return False
-    return True
-
-
+SAMPLE = 256  # prompts that are tokenised whole as well
+_MARK = "\x01"  # where a text is cut
 _LAST_WORD, _FIRST_WORD = re.compile(r"\S*\s*\Z"), re.compile(r"\s*\S*")
 
 
-def _adds_up(backend, texts: Sequence[str], cutter: Cutter) -> bool:
-    """Whether the ids of each text are those of its pieces."""
+def cut(prompts: pl.Series, tokenizer, separator: str) -> Pieces | None:
+    """`prompts` cut so that the ids of the pieces, joined, are those of the prompts; None where no such cut is known.
 
-    def ids(texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    A tokenizer always cuts beside its added tokens, here the SIDs'. Before the space of the `separator` of titles it
+    is cut if the pre-tokenizer cuts there too, whatever words meet there. A sample is tokenised whole, to see that the
+    tokenizer does not treat the beginning of a text in a way of its own.
+    """
+    sids = {token for token in tokenizer.get_added_vocab() if SID_TOKEN.fullmatch(token)}
+    apart = prompts.str.replace_all(f"({SID_TOKEN.pattern.replace('(', '(?:')})", f"{_MARK}${{1}}{_MARK}")
+    if prompts.str.contains(_MARK, literal=True).any():
+        return None
+    sample = range(0, len(prompts), max(1, len(prompts) // SAMPLE))
+    whole = _ids(tokenizer, prompts[list(sample)])
 
-    cut = [cutter.pieces(text) for text in texts]
-    pieces = iter(ids([piece for parts in cut for piece in parts]))
-    return all(
-        whole == [i for _ in parts for i in next(pieces)] for whole, parts in zip(ids(list(texts)), cut, strict=True)
-    )
+    def tried(marked: pl.Series) -> Pieces | None:
+        pieces = Pieces.of(marked.str.split(_MARK))
+        if any(SID_TOKEN.fullmatch(text) and text not in sids for text in pieces.texts):
+            return None  # looks like a SID token and is none
+        starts = _starts(pieces.counts)
+        if not _pre_tokenizer_agrees(pieces, starts, sids, tokenizer.backend_tokenizer):
+            return None
+        parts = [
+            _ids(tokenizer, [pieces.texts[i] for i in pieces.index[starts[row] : starts[row + 1]]]) for row in sample
+        ]
+        return pieces if whole == [[i for ids in row for i in ids] for row in parts] else None
+
+    if " " in separator:
+        space = separator.index(" ")
+        found = tried(apart.str.replace_all(separator, separator[:space] + _MARK + separator[space:], literal=True))
+        if found is not None:
+            return found
+    return tried(apart)
+
+
+def _pre_tokenizer_agrees(pieces: Pieces, starts: np.ndarray, sids: set[str], backend) -> bool:
+    """Whether the pre-tokenizer cuts between all neighbouring pieces of which neither is a SID token.
+
+    It is asked about the words that meet, each pair of them once and on a line of its own.
+    """
+    plain = np.array([bool(text) and text not in sids for text in pieces.texts])[pieces.index]
+    meets = plain[:-1] & plain[1:]
+    meets[starts[1:-1] - 1] = False  # the last piece of one prompt and the first of the next
+    if not meets.any():
+        return True
+    if backend.pre_tokenizer is None:
+        return False
+    lasts, last = np.unique([_LAST_WORD.search(text[-64:]).group() for text in pieces.texts], return_inverse=True)
+    firsts, first = np.unique([_FIRST_WORD.match(text).group() for text in pieces.texts], return_inverse=True)
+    pairs = np.unique(last[pieces.index[:-1][meets]] * len(firsts) + first[pieces.index[1:][meets]])
+    left, right = lasts[pairs // len(firsts)].tolist(), firsts[pairs % len(firsts)].tolist()
+    spans = backend.pre_tokenizer.pre_tokenize_str("\n".join(a + b for a, b in zip(left, right, strict=True)))
+    begins = np.array([begin for _, (begin, _) in spans])
+    line = _starts(np.array([len(a) + len(b) + 1 for a, b in zip(left, right, strict=True)]))[:-1]
+    return bool(np.isin(line + np.array([len(a) for a in left]), begins).all())
 
 
 def tokenize_cached(pairs: Sequence[Pair], tokenizer, suffix: str, separator: str, cache_dir: str | Path) -> Rows:

@@ -27,7 +27,7 @@ from catalog import codebook_tokens, read_index
 from cli import UserError
 from data import DEFAULT_TASKS, SFT_TASKS, Items, Prompts, read_sequences, read_titles, sft_pairs
 from preprocess.base_model import smollm2_file
-from tokens import BLANK, IGNORED, Collator, EpochOrder, Lines, Rows, cutter_for, pack, tokenize, tokenize_cached
+from tokens import BLANK, IGNORED, Collator, EpochOrder, Lines, Rows, cut, pack, tokenize, tokenize_cached
 
 PROMPTS = Prompts(category="Toys_and_Games")
 
@@ -96,17 +96,26 @@ def smollm2_tokenizer():
 @pytest.mark.parametrize("separator", ["; ", ", ", "|"])
 def test_tokens_are_the_tokenizers(name, separator, pairs, base_model):
     tokenizer = checkpoint.load_tokenizer(base_model, "x") if name == "world" else real_tokenizer(name)
-    pairs = [*pairs, ("; ; a;b; , c, '; 1; ;x", "an answer; with a separator"), ("<a_1>; <a_9999>;  <b_2>x", "<c_3>")]
+    pairs = [*pairs, ("; ; a;b; , c, '; 1; ;x", "an answer; with a separator"), ("<a_1>; <a_9>;  <b_2>x", "<c_3>")]
     pairs = [(prompt.replace("; ", separator), answer) for prompt, answer in pairs]
     tokenizer.add_tokens([f"<{letter}_{code}>" for letter in "abc" for code in range(16)])
-    cutter = cutter_for(tokenizer, [prompt for prompt, _ in pairs], separator)
-    assert (cutter is None) == (name == "metaspace first")  # it treats the beginning of a text apart
-    assert cutter is None or (cutter.cut is not None) == (separator != "|" and name != "metaspace uncut")
+    pieces = cut(pl.Series([prompt for prompt, _ in pairs]), tokenizer, separator)
+    assert (pieces is None) == (name == "metaspace first")  # it treats the beginning of a text apart
+    cut_at_titles = separator != "|" and name != "metaspace uncut"
+    assert pieces is None or any(text.startswith(" Item") for text in pieces.texts) == cut_at_titles
     rows = tokenize(pairs, tokenizer, "!", separator)
     for i, (prompt, answer) in enumerate(pairs):
         answer_ids = [*tokenizer(answer + "!", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         assert rows.tokens[rows.start[i] : rows.start[i + 1]].tolist() == tokenizer(prompt)["input_ids"] + answer_ids
         assert rows.answer[i] == len(answer_ids)
+
+
+def test_a_lookalike_of_a_sid_token_is_tokenised_whole(base_model):
+    tokenizer = checkpoint.load_tokenizer(base_model, "x")
+    tokenizer.add_tokens(["<a_1>"])
+    prompts = pl.Series(["by <a_1>", "by <a_2>"])
+    assert cut(prompts, tokenizer, "; ") is None and cut(prompts[:1], tokenizer, "; ") is not None
+    assert cut(pl.Series(["\x01"]), tokenizer, "; ") is None
 
 
 def test_cached_rows_are_read_and_another_tokenizer_misses(pairs, base_model, tmp_path, capsys, monkeypatch):
