@@ -153,6 +153,7 @@ def recommend(
     batch_size: int,
     length_penalty: float = 0.0,
     progress: str | None = None,
+    space: str = "vocab",
 ) -> tuple[np.ndarray, np.ndarray]:
     """`beam_search` for any number of prompts, in batches of about equal length, in evaluation mode.
 
@@ -169,7 +170,7 @@ def recommend(
     for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None):
         rows = order[start : start + batch_size]
         ids, mask = left_pad([tokens[i] for i in rows], tokenizer.pad_token_id or 0, model.device)
-        found = beam_search(model, trie, ids, mask, num_beams, length_penalty=length_penalty)
+        found = beam_search(model, trie, ids, mask, num_beams, length_penalty=length_penalty, space=space)
         leaves[rows], scores[rows] = found.leaf.cpu().numpy(), found.score.cpu().numpy()
     model.train(was_training)
     return leaves, scores
