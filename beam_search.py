@@ -144,6 +144,40 @@ def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int, device) -> t
     return ids, mask
 
 
+def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[list[int]]:
+    """Rows in batches of about equal length, shortest first.
+
+    A batch has at most `batch_size` rows and, padded, at most `batch_tokens` tokens; a longer row stands alone.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        wanted = len(batches[-1]) + 1 if batches else 0
+        if not batches or wanted > batch_size or wanted * lengths[row] > batch_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def recommend_batch(
+    model, tokens: Sequence[Sequence[int]], pad_token_id: int, trie: Trie, num_beams: int, excluded=None, **search
+) -> tuple[np.ndarray, np.ndarray]:
+    """`beam_search` for one batch of token lists in evaluation mode: (leaf rows, scores), both (prompts, width).
+
+    excluded: for each prompt, rows of SIDs that it must not get; `search` goes to `beam_search`.
+    """
+    ids, mask = left_pad(tokens, pad_token_id, model.device)
+    if excluded is not None and any(excluded):
+        allowed = torch.ones(len(tokens), trie.n_leaves, dtype=torch.bool)
+        for row, leaves in enumerate(excluded):
+            allowed[row, leaves] = False
+        trie = trie.restrict(allowed.to(model.device))
+    was_training = model.training
+    model.eval()
+    found = beam_search(model, trie, ids, mask, num_beams, **search)
+    model.train(was_training)
+    return found.leaf.cpu().numpy(), found.score.cpu().numpy()
+
+
 def recommend(
     model,
     tokenizer,
@@ -153,24 +187,30 @@ def recommend(
     batch_size: int,
     length_penalty: float = 0.0,
     progress: str | None = None,
+    *,
     space: str = "vocab",
+    batch_tokens: int = 1 << 14,
+    excluded: Sequence[Sequence[int]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`beam_search` for any number of prompts, in batches of about equal length, in evaluation mode.
 
     Returns (leaf rows, scores), both (prompts, min(num_beams, leaves)), in the order of `prompts`; `progress` names
-    a progress bar.
+    a progress bar, `excluded` the SIDs that each prompt must not get.
     """
     tokens = tokenizer(list(prompts))["input_ids"]
-    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     width = min(num_beams, trie.n_leaves)
     leaves, scores = np.zeros((len(tokens), width), dtype=np.int64), np.zeros((len(tokens), width))
-    was_training = model.training
-    model.eval()
-    trie = trie.to(model.device)
-    for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None):
-        rows = order[start : start + batch_size]
-        ids, mask = left_pad([tokens[i] for i in rows], tokenizer.pad_token_id or 0, model.device)
-        found = beam_search(model, trie, ids, mask, num_beams, length_penalty=length_penalty, space=space)
-        leaves[rows], scores[rows] = found.leaf.cpu().numpy(), found.score.cpu().numpy()
-    model.train(was_training)
+    trie, pad = trie.to(model.device), tokenizer.pad_token_id or 0
+    batches = length_batches([len(t) for t in tokens], batch_size, batch_tokens)
+    for rows in tqdm(batches, desc=progress, disable=progress is None):
+        leaves[rows], scores[rows] = recommend_batch(
+            model,
+            [tokens[i] for i in rows],
+            pad,
+            trie,
+            num_beams,
+            excluded and [excluded[i] for i in rows],
+            length_penalty=length_penalty,
+            space=space,
+        )
     return leaves, scores

@@ -110,6 +110,12 @@ class Catalog:
     def n_items(self) -> int:
         return len(self.sid_of_item)
 
+    def leaves_of(self, items: Sequence[int]) -> list[int]:
+        """Rows of the SIDs all of whose items are among `items`: what to leave out if those are to be left out."""
+        chosen = set(items)
+        rows = {int(self.sid_of_item[item]) for item in chosen}
+        return sorted(row for row in rows if chosen.issuperset(self.items_of_sid[row]))
+
     def trie(self, tokenizer) -> "Trie":
         """The trie over this catalog's SIDs in `tokenizer`'s ids; leaf i is row i of `sids`."""
         ids = {}

@@ -24,7 +24,7 @@ from cli import UserError, require_file
 from rq.embeddings import load_embeddings
 
 Reward = Callable[..., Sequence[float]]
-Scorer = Callable[[Sequence[Sequence[int]]], np.ndarray]  # histories, oldest first -> scores (rows, items)
+Scorer = Callable[[Sequence[Sequence[int]]], np.ndarray]  # histories, oldest first -> scores (rows, items), any array
 
 
 def rule(completions: list[str], target_sid: list[str], **_) -> np.ndarray:

@@ -14,7 +14,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset
@@ -38,8 +37,8 @@ from data import (
 )
 from lm_head import SPACES
 from minionerec_trainer import ReReTrainer
-from rewards import Scorer, names_of, parse_weights, reward_functions, unit_embeddings
-from sasrec import SASRec
+from rewards import names_of, parse_weights, reward_functions, unit_embeddings
+from sequential import load_checkpoint
 
 LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
 SCALES = ("group", "batch", "none")
@@ -198,24 +197,10 @@ def read_catalog(options: Options):
     return items, train, valid, catalog
 
 
-def collaborative_scores(options: Options, n_items: int) -> Scorer:
-    """Histories -> scores (rows, items) of the model in --cf_path, which must know as many items as the catalog."""
-    model = SASRec.load(options.cf_path, "cf_path")
-    if model.n_items != n_items:
-        raise UserError(
-            f"{options.cf_path}: a model of {model.n_items} items, expected the catalog's {n_items}; check --cf_path"
-        )
-
-    def scores(histories: Sequence[Sequence[int]]) -> np.ndarray:
-        return model.scores(histories).cpu().numpy()
-
-    return scores
-
-
 def read_rewards(options: Options, catalog: Catalog) -> list:
     """The reward functions, their files read and held against the catalog."""
     embeddings = unit_embeddings(options.ada_path, catalog.n_items) if options.ada_path else None
-    collaborative = collaborative_scores(options, catalog.n_items) if options.cf_path else None
+    collaborative = load_checkpoint(options.cf_path, "cf_path", catalog.n_items).scores if options.cf_path else None
     rewards = reward_functions(
         options.reward_type, options.num_generations, catalog, embeddings, collaborative, options.reward_module
     )
