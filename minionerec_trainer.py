@@ -154,7 +154,8 @@ class ReReTrainer(GRPOTrainer):
         self._targets: list[int] = []
         self._seconds = dict.fromkeys(("generation", "log_probs", "update"), 0.0)
         # Now, before anything wraps `forward` in mixed precision, whose rounding would look like another model's.
-        require_tree_attention(self.model)
+        with maybe_gather_lm_head_ctx(*self.model.parameters()):  # under ZeRO-3, else nothing
+            require_tree_attention(self.model)
         if logp_space == "catalog":
             for model in filter(None, (self.model, self.ref_model)):
                 model = self.accelerator.unwrap_model(model)
