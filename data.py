@@ -324,13 +324,54 @@ def sft_pairs(
 
 # ------------------------------------------------------------------------------------------------ RL prompts
 
+RL_TASKS = ("sid_seq", "title2sid", "title_seq2sid")
 
-def rl_rows(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> dict[str, list]:
-    """Columns of the RL dataset. Each row carries its own target: nothing is looked up by prompt text."""
-    return {
-        "prompt": next_sid_prompts(sequences, items, prompts),
-        "target_sid": [items.sids[target] for target in sequences["target"]],
-        "target_item": sequences["target"].to_list(),
-        "history_items": sequences["history"].to_list(),
-        "task": ["sid_seq"] * len(sequences),
-    }
+
+def parse_rl_tasks(text: str) -> dict[str, int | None]:
+    """`"sid_seq,title2sid:1000"` -> `{"sid_seq": None, "title2sid": 1000}`: the most rows of a task, None for all."""
+    caps: dict[str, int | None] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, cap = part.partition(":")
+        if name not in RL_TASKS or name in caps:
+            raise UserError(f"--rl_tasks {text}: found {name!r}, expected some of {', '.join(RL_TASKS)}, each once")
+        if cap and not (cap.isdecimal() and int(cap) > 0):
+            raise UserError(f"--rl_tasks {text}: {cap!r} is no number of rows, expected one as in {name}:1000")
+        caps[name] = int(cap) if cap else None
+    if not caps:
+        raise UserError(f"--rl_tasks: no task given, expected some of {', '.join(RL_TASKS)}")
+    return caps
+
+
+def rl_rows(
+    sequences: pl.DataFrame,
+    items: Items,
+    prompts: Prompts,
+    caps: dict[str, int | None] | None = None,
+    seed: int = 0,
+) -> dict[str, list]:
+    """Columns of the RL dataset. Each row carries its own target: nothing is looked up by prompt text.
+
+    caps: the most rows of each task, drawn by seed, None for all; by default SID history -> SID alone. An item's title
+    asks for that item and has no history; a history asks for the sample's target.
+    """
+    columns: dict[str, list] = {name: [] for name in ("prompt", "target_sid", "target_item", "history_items", "task")}
+    histories, targets = sequences["history"].to_list(), sequences["target"].to_list()
+    for task, cap in (caps or {"sid_seq": None}).items():
+        by_item = task == "title2sid"
+        rows = range(len(items.sids) if by_item else len(targets))
+        if cap is not None and cap < len(rows):
+            rows = sorted(random.Random(f"{seed} {task}").sample(rows, cap))
+        for row in rows:
+            history, target = ([], row) if by_item else (histories[row], targets[row])
+            if task == "sid_seq":
+                fields = {"history": prompts.sid_history(history, items)}
+            elif task == "title_seq2sid":
+                fields = {"history": prompts.title_history(history, items)}
+            else:
+                fields = {"item": items.titles[target]}
+            columns["prompt"].append(prompts.render(task, **fields))
+            columns["target_sid"].append(items.sids[target])
+            columns["target_item"].append(target)
+            columns["history_items"].append(history)
+            columns["task"].append(task)
+    return columns

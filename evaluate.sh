@@ -12,7 +12,13 @@ RESULT_JSON_DATA=${RESULT_JSON_DATA:-output/predictions.json}
 CATEGORY=${CATEGORY:-}                   # what the prompts call the items
 
 NUM_BEAMS=${NUM_BEAMS:-50}
-BATCH_SIZE=${BATCH_SIZE:-8}              # prompts a forward
+SPACE=${SPACE:-vocab}                    # or catalog: scores over what may follow, many times faster
+EXCLUDE_SEEN=${EXCLUDE_SEEN:-False}      # recommend no item of the row's own history
+BATCH_SIZE=${BATCH_SIZE:-8}              # prompts a forward, at most
+BATCH_TOKENS=${BATCH_TOKENS:-16384}      # tokens of prompts a forward, at most
+DTYPE=${DTYPE:-}                         # float32 or bfloat16; default: bfloat16 where a GPU has it
+MAX_HISTORY=${MAX_HISTORY:-10}           # items of history in a prompt
+SAMPLE=${SAMPLE:--1}                     # rows to evaluate, drawn by SEED; -1 for all
 LENGTH_PENALTY=${LENGTH_PENALTY:-0.0}
 K=${K:-0}                                # predictions kept a row; 0: all
 SEED=${SEED:-42}
@@ -22,10 +28,10 @@ usage() {
 usage: BASE_MODEL=… TEST_DATA_PATH=… INFO_FILE=… bash evaluate.sh
 
 reads   BASE_MODEL TEST_DATA_PATH INFO_FILE   (required)   TRAIN_FILE   (optional)
-writes  RESULT_JSON_DATA   each test row with its predictions, and *.metrics.json beside it
+writes  RESULT_JSON_DATA   each test row with its predictions; *.parquet and *.metrics.json beside it
 
 Hyper-parameters are the variables at the top of evaluate.sh; `python evaluate.py --help` explains them.
-NPROC processes share the rows (default: one a GPU, or 1).
+NPROC processes share the rows (default: one a GPU, or 1). Killed and started again, it goes on where it was.
 TEXT
 }
 
@@ -36,4 +42,5 @@ find_processes
 OMP_NUM_THREADS=$THREADS exec torchrun --standalone --nproc_per_node "$NPROC" evaluate.py \
     --base_model "$BASE_MODEL" --test_data_path "$TEST_DATA_PATH" --info_file "$INFO_FILE" --train_file "$TRAIN_FILE" \
     --result_json_data "$RESULT_JSON_DATA" --category "$CATEGORY" --num_beams "$NUM_BEAMS" \
-    --batch_size "$BATCH_SIZE" --length_penalty "$LENGTH_PENALTY" --K "$K" --seed "$SEED"
+    --space "$SPACE" --exclude_seen "$EXCLUDE_SEEN" --batch_size "$BATCH_SIZE" --batch_tokens "$BATCH_TOKENS" \
+    --dtype "$DTYPE" --max_history "$MAX_HISTORY" --sample "$SAMPLE" --length_penalty "$LENGTH_PENALTY" --K "$K" --seed "$SEED"

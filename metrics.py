@@ -19,11 +19,15 @@ MISSED = np.iinfo(np.int64).max
 
 
 def sid_and_item_ranks(
-    predicted: np.ndarray, targets: Sequence[int], catalog: Catalog
+    predicted: np.ndarray,
+    targets: Sequence[int],
+    catalog: Catalog,
+    seen: Sequence[Sequence[int]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ranks of each row's target in its list of SIDs.
 
-    predicted: (rows, beams) rows of `catalog.sids`, best first, -1 where a list is shorter; targets: (rows,) item ids.
+    predicted: (rows, beams) rows of `catalog.sids`, best first, -1 where a list is shorter; targets: (rows,) item ids;
+    seen: for each row, items that its SIDs do not expand to (a target among them is missed by item).
     Returns (rank of the target's SID among SIDs, rank of the target among the items that the SIDs expand to).
     """
     targets = np.asarray(targets)
@@ -36,7 +40,29 @@ def sid_and_item_ranks(
     for items in catalog.items_of_sid:
         place_in_group[items] = range(len(items))
     item_place = np.take_along_axis(before, place[:, None], axis=1)[:, 0] + place_in_group[targets]
-    return np.where(hit, place, MISSED), np.where(hit, item_place, MISSED)
+    item_hit = hit.copy()
+    for row, items in enumerate(seen if seen is not None else ()):
+        others = np.unique(np.asarray(items, dtype=np.int64))
+        item_hit[row] &= targets[row] not in others
+        leaf = catalog.sid_of_item[others]
+        same = (leaf == catalog.sid_of_item[targets[row]]) & (place_in_group[others] < place_in_group[targets[row]])
+        item_place[row] -= int((same | np.isin(leaf, predicted[row, : place[row]])).sum())
+    return np.where(hit, place, MISSED), np.where(item_hit, item_place, MISSED)
+
+
+def coverage(predicted: np.ndarray, catalog: Catalog, k: int = 10) -> dict[str, float]:
+    """What the first `k` places of all rows show of the catalog: shares of its SIDs and of its items, in [0, 1]."""
+    shown = np.unique(predicted[:, :k])
+    shown = shown[shown >= 0]
+    items = sum(len(catalog.items_of_sid[row]) for row in shown)
+    return {f"sids@{k}": len(shown) / len(catalog.sids), f"items@{k}": items / catalog.n_items}
+
+
+def illegal(predicted: np.ndarray, catalog: Catalog) -> int:
+    """Predictions that are no SID of the catalog or that repeat one of their row; -1 is an empty place."""
+    ranked = np.sort(predicted, axis=1)
+    repeated = (ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)
+    return int(repeated.sum() + ((predicted < -1) | (predicted >= len(catalog.sids))).sum())
 
 
 def ranks_of_scores(scores: np.ndarray, targets: Sequence[int]) -> np.ndarray:

@@ -5,10 +5,16 @@ each see the prompt, its own ancestors and itself, nothing of its neighbours. Po
 every branch, so the result equals a forward of each `prompt + branch` alone.
 
 Masks are additive (0 where visible, the dtype's minimum where not), shape (rows, 1, queries, keys): the form that
-`transformers` hands unchanged to its eager and SDPA attention.
+`transformers` hands unchanged to its eager and SDPA attention. Which models can take it is asked of the model itself:
+`require_tree_attention` compares a small tree with plain rows.
 """
 
+from weakref import WeakSet
+
 import torch
+
+from cli import UserError
+from lm_head import LMHead, unwrap_adapter
 
 
 def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -59,3 +65,99 @@ def branch_mask_and_positions(
     visible = (structure & real.unsqueeze(1)) | torch.eye(len(structure), dtype=torch.bool, device=device)
     trunk_length = trunk_mask.sum(dim=1, keepdim=True)
     return additive(visible, dtype), torch.cat([positions(trunk_mask), trunk_length + offset], dim=1)
+
+
+class PromptTree:
+    """Prompts in a key-value cache that is never expanded or reordered, and the tokens grown from them level by level.
+
+    hidden: (prompts, 1, dim), then (prompts, tokens, dim): the states that predict what follows the newest tokens.
+    Tokens that nothing descends from stay in the cache, unseen.
+    """
+
+    def __init__(self, model, input_ids: torch.Tensor, attention_mask: torch.Tensor):
+        """Encode each prompt once. input_ids, attention_mask: (prompts, length), padded on either side."""
+        self.body, self.dtype = unwrap_adapter(model).base_model, next(model.parameters()).dtype
+        self.prompt_mask = attention_mask
+        self.next_position = attention_mask.sum(dim=1, keepdim=True)  # (prompts, 1)
+        batch, length = input_ids.shape
+        self.ancestors = input_ids.new_empty(batch, 1, 0)  # cache columns of each newest token's line
+        output = self.body(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=True
+        )
+        self.cache, self.columns = output.past_key_values, length
+        last = (attention_mask * torch.arange(length, device=input_ids.device)).argmax(dim=1)
+        self.hidden = output.last_hidden_state[torch.arange(batch, device=input_ids.device), last].unsqueeze(1)
+
+    def grow(self, token: torch.Tensor, parent: torch.Tensor) -> None:
+        """Append tokens; each follows the token of the level before at place `parent`. Both (prompts, tokens)."""
+        batch, tokens = token.shape
+        column = torch.arange(self.columns, self.columns + tokens, device=token.device).expand(batch, tokens)
+        inherited = self.ancestors.gather(1, parent.unsqueeze(-1).expand(-1, -1, self.ancestors.shape[2]))
+        self.ancestors = torch.cat([inherited, column.unsqueeze(-1)], dim=2)
+        self.columns += tokens
+        output = self.body(
+            input_ids=token,
+            attention_mask=beam_mask(self.prompt_mask, self.ancestors, self.columns, self.dtype),
+            position_ids=self.next_position.expand(batch, tokens),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.next_position = self.next_position + 1
+        self.hidden = output.last_hidden_state
+
+
+_able: WeakSet = WeakSet()  # models that have been seen to agree
+
+
+@torch.no_grad()
+def require_tree_attention(model) -> None:
+    """Raise `UserError` unless `model` decodes a tree of tokens as it decodes plain rows; asked once of each model.
+
+    The probe is two padded prompts with two branches of two tokens each; logits from hidden states and `LMHead` must
+    equal the model's own of each row alone. Flash attention, windows shorter than the row, and recurrence fail it.
+    """
+    if model in _able:
+        return
+    causal_lm = unwrap_adapter(model)
+    name, config = type(causal_lm).__name__, causal_lm.config.get_text_config()
+    if "flash" in (config._attn_implementation or ""):
+        raise UserError(
+            f"{name} runs {config._attn_implementation}, which takes no 4D mask; load it with sdpa or eager"
+        )
+    window = min((w for w in [getattr(config, "sliding_window", None)] if w), default=None)
+    if window and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        if window < 1024:
+            raise UserError(
+                f"{name} has a sliding window of {window} tokens, expected at least 1024: no row may reach it"
+            )
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (2, 9), generator=generator).to(device)  # a prompt of 5, two branches of 2
+    try:
+        mask = torch.ones(2, 5, dtype=torch.long, device=device)
+        mask[0, :2] = 0
+        parent = torch.tensor([[1, 0]] * 2, device=device)  # crossed, so that a wrong line cannot pass for the right
+        tree = PromptTree(model, ids[:, :5], mask)
+        tree.grow(ids[:, 5:7], torch.zeros_like(parent))
+        tree.grow(ids[:, 7:9], parent)
+        found = LMHead.of(model).logits(tree.hidden)
+        rows = [[torch.cat([ids[r, :5][mask[r] > 0], ids[r, [6 - b, 7 + b]]]) for b in range(2)] for r in range(2)]
+        expected = torch.stack([torch.cat([model(row[None]).logits[:, -1] for row in pair]) for pair in rows]).float()
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name} cannot decode a tree of tokens: {reason}; use a decoder with full attention"
+        ) from error
+    finally:
+        model.train(was_training)
+    if not expected.isfinite().all():
+        return  # broken weights are beam search's to report
+    tolerance = 1e-3 if tree.dtype == torch.float32 else 0.1
+    error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+    if error > tolerance:
+        raise UserError(
+            f"{name} gives other logits for a tree of tokens than for plain rows (relative error {error:.2g}, expected at "
+            f"most {tolerance:g}): it is recurrent, has attention windows or transforms its logits; use another architecture"
+        )
+    _able.add(model)

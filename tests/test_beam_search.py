@@ -1,4 +1,5 @@
 import itertools
+import math
 import random
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from conftest import QWEN_TOKENIZER
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
-from beam_search import beam_search, left_pad, recommend
+from beam_search import beam_search, left_pad, recommend, sample
 from catalog import Trie
 
 VOCABULARY = 160
@@ -218,3 +219,73 @@ def test_every_prediction_is_in_the_catalog(policy):
         assert sorted(row) == list(range(len(policy.catalog.sids)))
     legal = set(itertools.chain.from_iterable([policy.catalog.sids]))
     assert {policy.catalog.sids[i] for i in leaves.flatten()} == legal
+
+
+# ------------------------------------------------------------------------------------------------ catalog space
+
+
+def catalog_log_prob(model, prompt, sid, sids, temperature=1.0):
+    """A SID's log-probability renormalised, token by token, over what the SIDs allow: plain forwards, a Python set."""
+    total = 0.0
+    for depth in range(len(sid)):
+        allowed = sorted({other[depth] for other in sids if other[:depth] == sid[:depth] and len(other) > depth})
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + list(sid[:depth])])).logits[0, -1].float() / temperature
+        total += torch.log_softmax(logits[allowed], -1)[allowed.index(sid[depth])].item()
+    return total
+
+
+MIXED = [(10, 50), (10, 51, 90), (10, 51, 91, 120), (11,), (12, 50, 90), (12, 50, 91), (13, 10, 50)]
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_catalog_space_normalises_over_what_the_trie_allows(architecture):
+    model = random_model(CONFIGS[architecture]())
+    prompt = [3, 4, 5]
+    beams = beam_search(
+        model, Trie.build(MIXED), torch.tensor([prompt]), torch.ones(1, 3, dtype=torch.long), 9, 0.8, space="catalog"
+    )
+    assert sorted(beams.leaf[0].tolist()) == list(range(len(MIXED)))
+    assert beams.score[0].exp().sum().item() == pytest.approx(1.0, abs=1e-5)  # a distribution over the catalog
+    for leaf, score in zip(beams.leaf[0].tolist(), beams.score[0].tolist(), strict=True):
+        assert score == pytest.approx(catalog_log_prob(model, prompt, MIXED[leaf], MIXED, 0.8), abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+@pytest.mark.parametrize("space", ["vocab", "catalog"])
+def test_samples_follow_the_policy_over_the_catalog(space):
+    model = random_model(CONFIGS["qwen2"]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5 if parameter.ndim > 1 else 1.0)
+    ids, mask = prompts_of([3, 5])
+    trie, n = Trie.build(MIXED), 4000
+    drawn = sample(model, trie, ids, mask, n, temperature=1.3, space=space, generator=torch.Generator().manual_seed(0))
+    for row, prompt in enumerate((ids[0, 2:].tolist(), ids[1].tolist())):
+        share = torch.bincount(drawn.leaf[row], minlength=len(MIXED)) / n
+        for leaf, sid in enumerate(MIXED):
+            policy = catalog_log_prob(model, prompt, sid, MIXED, 1.3)
+            score = policy if space == "catalog" else log_prob(model, prompt, sid, 1.3)
+            assert share[leaf].item() == pytest.approx(math.exp(policy), abs=0.04)
+            for found in drawn.score[row][drawn.leaf[row] == leaf][:3].tolist():
+                assert found == pytest.approx(score, abs=1e-4)
+
+
+def test_samples_repeat_by_seed_and_keep_to_the_nucleus():
+    model = random_model(CONFIGS["llama"]())
+    ids, mask = prompts_of([3, 5])
+    trie = Trie.build(MIXED)
+    one, again, other = (
+        sample(model, trie, ids, mask, 50, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one.leaf, again.leaf) and not torch.equal(one.leaf, other.leaf)
+    greedy = sample(model, trie, ids, mask, 20, top_p=1e-6)
+    for row, prompt in enumerate((ids[0, 2:].tolist(), ids[1].tolist())):
+        prefix = ()
+        while prefix not in MIXED:  # the likeliest token at each step
+            following = sorted({sid[: len(prefix) + 1] for sid in MIXED if sid[: len(prefix)] == prefix})
+            logits = model(input_ids=torch.tensor([prompt + list(prefix)])).logits[0, -1]
+            prefix = max(following, key=lambda longer, logits=logits: logits[longer[-1]].item())
+        assert {MIXED[leaf] for leaf in greedy.leaf[row].tolist()} == {prefix}
