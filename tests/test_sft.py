@@ -23,7 +23,8 @@ from transformers import (
 import checkpoint
 import data
 import sft
-from catalog import codebook_tokens, read_index
+from beam_search import beam_search
+from catalog import Trie, codebook_tokens, read_index
 from cli import UserError
 from data import DEFAULT_TASKS, SFT_TASKS, Items, Prompts, read_sequences, read_titles, sft_pairs
 from preprocess.base_model import smollm2_file
@@ -348,6 +349,25 @@ def test_lora_trains_adapters_and_new_rows_and_saves_them_merged(tmp_path, name,
     for key in base:
         if base[key].shape == (120, 32):
             assert torch.equal(saved[key][:100], base[key][:100]) and not torch.equal(saved[key][100:], base[key][100:])
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+@pytest.mark.parametrize("adapt", [checkpoint.train_rows_alone, checkpoint.add_lora])
+def test_search_with_adapters_is_search_with_merged_weights(tmp_path, name, adapt):
+    arguments = ("x",) if adapt is checkpoint.train_rows_alone else (4, 8, 0.0, "all-linear")
+    trainer = train(
+        tmp_path,
+        adapt(random_model(name), list(range(100, 120)), *arguments),
+        random_rows(),
+        per_device_train_batch_size=8,
+    )
+    trie = Trie.build([[100 + i, 110 + j] for i in range(5) for j in range(5)])
+    ids = torch.arange(1, 13).view(2, 6)
+    trainer.model.eval()
+    found = beam_search(trainer.model, trie, ids, torch.ones_like(ids), 8)
+    merged = beam_search(trainer.model.merge_and_unload(), trie, ids, torch.ones_like(ids), 8)
+    assert torch.equal(found.leaf, merged.leaf)
+    torch.testing.assert_close(found.score, merged.score, atol=1e-5, rtol=1e-5)
 
 
 def test_lora_names_a_module_that_is_not_there():
