@@ -10,6 +10,9 @@ beyond a few numbers an item:
     while epsilon falls to a small share of the gap between an item's two nearest centres; first on a sample of the
     items, then on all of them
     every item takes argmin_k d_ik - price_k; what then lies beyond the bounds is moved at the least extra cost
+
+Against the flow its cost was 0.1 to 2.5 % more with 6 items a cluster and up (`python -m benchmarks.sid`); with one or
+two items a cluster, where every item is an exception, it may be half as much again.
 """
 
 from collections.abc import Iterable, Iterator

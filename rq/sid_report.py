@@ -150,7 +150,9 @@ def picture(reports: dict[str, dict]):
     codes.set(title="codes used (pale) and perplexity", xlabel="level", ylabel="codes")
     histogram.set(title="items per SID, before (pale) and after", xlabel="items on one SID", ylabel="SIDs")
     histogram.set(yscale="log", ylim=(0.5, None))
-    errors.set(title="error: the quantizer's own (o), fitted (x)", xlabel="levels used", ylabel="share of variance left")
+    errors.set(
+        title="error: the quantizer's own (o), fitted (x)", xlabel="levels used", ylabel="share of variance left"
+    )
     rates.set(title="collision rate", ylabel="% of items", xticks=[0, 1], xticklabels=["before", "after"])
     for panel in (codes, histogram, errors):
         panel.xaxis.get_major_locator().set_params(integer=True)

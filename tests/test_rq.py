@@ -394,7 +394,10 @@ def test_command_line_ends_in_one_line(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "none.npy" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["rqvae", "generate_indices", "text2emb/amazon_text2emb"])
+LAUNCHERS = "rqvae generate_indices rqkmeans_faiss rqkmeans_constrained rqkmeans_plus text2emb/amazon_text2emb"
+
+
+@pytest.mark.parametrize("name", LAUNCHERS.split())
 def test_launchers_refuse_what_they_do_not_know(name):
     def launch(*arguments):
         return subprocess.run(["bash", f"rq/{name}.sh", *arguments], capture_output=True, text=True)
