@@ -19,7 +19,7 @@ from cli import HfArg, UserError, run
 from rq import generate_indices, rqkmeans_constrained, rqkmeans_faiss, rqkmeans_plus, rqvae
 from rq.sid_index import MODES
 
-SMALL = {"layers": [256], "batch_size": 512, "eval_step": 20, "warmup_epochs": 5, "quant_loss_weight": 0.1}
+SMALL = {"layers": [256], "batch_size": 512, "eval_step": 20, "warmup_epochs": 5}
 SMALL |= {"lr_scheduler_type": "linear", "device": "cpu", "save_limit": 0}
 
 
@@ -54,6 +54,7 @@ def make_rqvae(o: Options, data: str, folder: Path, balanced: bool) -> Path:
     checkpoint = folder / ("rqvae_sinkhorn" if balanced else "rqvae")
     sk = {"sk_epsilons": [0.01] * o.l, "sk_iters": 30} if balanced else {}
     options = SMALL | {"ckpt_dir": str(checkpoint), "num_emb_list": [o.k] * o.l, "lr": 3e-3, **sk}
+    options["quant_loss_weight"] = 0.1
     rqvae.main(rqvae.Options(data_path=data, epochs=o.epochs, seed=o.seed, **options))
     return checkpoint
 

@@ -14,6 +14,7 @@ from rq.balanced import Bounds, flow_assignment, size_bounds, transport_assignme
 from rq.codebooks import read_codebooks
 from rq.models.rq import Codebooks
 from rq.models.rqvae import RQKMeansPlus
+from rq.sid_index import resolve
 from rq.trainer import load_model
 
 N, DIM = 300, 10
@@ -192,15 +193,20 @@ def test_index_from_codebooks(embedding_file, tmp_path, capsys):
 
 def test_bounded_codes_move_by_their_own_residuals(embedding_file, tmp_path):
     """nearest_free sees what the last level left of the item's cluster, not of its nearest code."""
-    found = kmeans("constrained", embedding_file, tmp_path / "D.index.json", k=64, l=1, collision="extra_token")
+    options = {"k": 24, "l": 2, "collision": "nearest_free"}
+    found = kmeans("constrained", embedding_file, tmp_path / "D.index.json", **options)
+    first, last = found.codebooks
+    nearest = Codebooks([torch.from_numpy(b) for b in found.codebooks]).encode(torch.from_numpy(points()))
+    left = {"own": points() - first[found.codes[:, 0]], "nearest": nearest.last_residual.numpy()}
+    expected = {name: resolve(found.codes, "nearest_free", residuals, last) for name, residuals in left.items()}
+    assert (expected["own"] != expected["nearest"]).any(), "these data show the difference"
+    assert read_index(tmp_path / "D.index.json") == [f"<a_{a}><b_{b}>" for a, b in expected["own"]]
+
+
+def test_codebooks_too_small_for_the_items(embedding_file, tmp_path):
+    kmeans("constrained", embedding_file, tmp_path / "D.index.json", k=64, l=1, collision="extra_token")
     with pytest.raises(UserError, match="64 codes make 64 SIDs, fewer than the 300 items; .*extra_token"):
         index(tmp_path / "D.codebooks_constrained.npz", embedding_file, tmp_path / "x.index.json")
-    model = Codebooks([torch.from_numpy(b) for b in found.codebooks])
-    x, codes = torch.from_numpy(points()), torch.from_numpy(found.codes)
-    torch.testing.assert_close(model.last_residual(x, codes), x)
-    two = Codebooks([torch.from_numpy(b) for b in found.codebooks * 2])
-    expected = x - torch.from_numpy(found.codebooks[0])[codes[:, 0]]
-    torch.testing.assert_close(two.last_residual(x, codes.repeat(1, 2)), expected)
 
 
 # ---- RQ-KMeans+
