@@ -23,7 +23,7 @@ from rq.codebooks import CodebookFile, read_codebooks
 from rq.embeddings import load_embeddings, pick_device
 from rq.models.rq import Codebooks
 from rq.sid_index import refuse_small_codebooks
-from rq.sid_report import build_index
+from rq.sid_report import build_index, variance
 from rq.trainer import TrainingOptions, load_model, train
 
 
@@ -74,10 +74,13 @@ def main(options: Options) -> None:
     refuse_small_codebooks(sizes, len(matrix), o.collision)
 
     embeddings = torch.from_numpy(matrix).to(device)
+    frozen = Codebooks(books).to(device)
+    nearest = frozen.encode(embeddings, o.batch_size).codes
+    error = frozen.squared_error(embeddings, nearest, o.batch_size)[-1].item() / variance(embeddings)
+    print(f"warm start: nearest codes, which leave {error:.4f} of the variance")
     if len(start.codes) == len(matrix):
-        nearest = Codebooks(books).to(device).encode(embeddings).codes.cpu().numpy()
-        agree = (nearest == start.codes).all(axis=1).mean()
-        print(f"warm start: the nearest codes of the codebooks; {agree:.1%} of the items have them as their clusters")
+        agree = (nearest.cpu().numpy() == start.codes).all(axis=1).mean()
+        print(f"{agree:.1%} of the items have these as their clusters")
     dim = matrix.shape[1]
     model_config = {"in_dim": dim, "e_dim": dim, "num_emb_list": sizes, **o.model_options()}
     train(
@@ -92,7 +95,8 @@ def main(options: Options) -> None:
     name = Path(o.data_path).name.split(".emb-")[0]
     model, _ = load_model(o.ckpt_dir, "ckpt_dir")
     output = o.output_file or Path(o.ckpt_dir) / f"{name}.index.json"
-    build_index(model.to(device), embeddings, output, o.collision, batch_size=o.batch_size)
+    report = build_index(model.to(device), embeddings, output, o.collision, batch_size=o.batch_size)
+    print(f"after training {report['before']['reconstruction_error'][-1]:.4f} of the variance is left")
 
 
 if __name__ == "__main__":

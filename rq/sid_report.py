@@ -67,7 +67,7 @@ def build_index(
     report = {"collision": collision}
     for when, some in (("before", given), ("after", resolved)):
         own = torch.from_numpy(some[:, : len(model.quantizer.levels)]).to(embeddings.device)  # without extra tokens
-        left = model.squared_error(embeddings, own, batch_size).cpu().numpy() / _variance(embeddings)
+        left = model.squared_error(embeddings, own, batch_size).cpu().numpy() / variance(embeddings)
         errors = {"reconstruction_error": [round(float(x), 6) for x in left]}
         report[when] = quality(some) | errors | {"fitted_error": fitted_error(embeddings, some)}
     write_report(Path(output).with_suffix(".quality.json"), report, {Path(output).name.split(".")[0]: report})
@@ -81,7 +81,7 @@ def build_index(
     return report
 
 
-def _variance(embeddings: Tensor) -> float:
+def variance(embeddings: Tensor) -> float:
     """The sum of squares around the mean."""
     return (embeddings - embeddings.mean(dim=0)).square().sum(dtype=torch.float64).item()
 
@@ -90,12 +90,12 @@ def _variance(embeddings: Tensor) -> float:
 def fitted_error(embeddings: Tensor, codes: np.ndarray) -> list[float]:
     """Share of the variance of embeddings (items, dim) left after each level that every item has a code at."""
     residual, shares = embeddings - embeddings.mean(dim=0), []
-    variance = residual.square().sum(dtype=torch.float64).item()
+    total = residual.square().sum(dtype=torch.float64).item()
     for column in codes.T[(codes >= 0).all(axis=0)]:
         code = torch.from_numpy(np.unique(column, return_inverse=True)[1].reshape(-1)).to(residual.device)
         sums = residual.new_zeros(int(code.max()) + 1, residual.shape[1]).index_add_(0, code, residual)
         residual = residual - (sums / torch.bincount(code).unsqueeze(1))[code]
-        shares.append(round(residual.square().sum(dtype=torch.float64).item() / variance, 6))
+        shares.append(round(residual.square().sum(dtype=torch.float64).item() / total, 6))
     return shares
 
 
