@@ -15,7 +15,16 @@ from rq.embeddings import load_embeddings, pick_device
 from rq.models.rq import ResidualQuantizer
 from rq.models.rqvae import RQVAE
 from rq.models.vq import sinkhorn
-from rq.sid_index import MODES, colliding_groups, collision_rate, keys_of, quality, resolve, to_sids
+from rq.sid_index import (
+    MODES,
+    colliding_groups,
+    collision_rate,
+    keys_of,
+    quality,
+    resolve,
+    sinkhorn_last_level,
+    to_sids,
+)
 from rq.text2emb.amazon_text2emb import drop_words, item_texts, plain_text
 from rq.trainer import Trainer
 
@@ -191,6 +200,14 @@ def test_sinkhorn_separates_what_differs_and_not_what_does_not():
     assert collision_rate(resolve(codes, "sinkhorn", residuals, CODEBOOK)) == 0
     assert collision_rate(resolve(codes, "sinkhorn", residuals * 0, CODEBOOK)) == 0.5
     assert collision_rate(resolve(codes, "nearest_free", residuals * 0, CODEBOOK)) == 0
+
+
+def test_sinkhorn_goes_on_where_it_moves_onto_another_item():
+    """Item 1 leaves item 0 for item 2's code, both move from there, and only the third round tells all apart."""
+    codes, residuals = np.array([[0, 0], [0, 0], [0, 2]]), np.array([[0.0], [0.9], [3.0]])
+    rounds = [sinkhorn_last_level(codes, residuals, CODEBOOK, rounds=n)[:, 1].tolist() for n in (1, 2, 3)]
+    assert rounds == [[0, 2, 2], [0, 0, 3], [0, 2, 3]]
+    assert resolve(codes, "sinkhorn", residuals, CODEBOOK)[:, 1].tolist() == rounds[-1]
 
 
 def test_nearest_free_on_many_random_collisions():
