@@ -3,6 +3,7 @@
 `<D>.emb-<plm>-td.npy` is a float matrix (items, dim); row i is item i. Nothing in it is unpickled.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,11 @@ def load_embeddings(path: str | Path, flag: str = "data_path", item_meta_path: s
     if (matrix == matrix[0]).all():
         raise UserError(f"{path}: all {len(matrix)} rows are equal, so no code can tell items apart; embed again")
     return matrix
+
+
+def digest(embeddings: np.ndarray) -> str:
+    """A fingerprint of the matrix: 128 bits of BLAKE2 over its bytes, in hexadecimal."""
+    return hashlib.blake2b(np.ascontiguousarray(embeddings).data, digest_size=16).hexdigest()
 
 
 def pick_device(name: str) -> torch.device:

@@ -27,8 +27,10 @@ QUANT_LOSS_WEIGHT=${QUANT_LOSS_WEIGHT:-1.0}
 BETA=${BETA:-0.25}
 LAYERS=${LAYERS:-2048 1024 512 256 128 64}
 SAVE_LIMIT=${SAVE_LIMIT:-5}
+DEAD_CODE_THRESHOLD=${DEAD_CODE_THRESHOLD:-0}
 SEED=${SEED:-2024}
 DEVICE=${DEVICE:-}
+COMPILE=${COMPILE:-False}
 OVERWRITE=${OVERWRITE:-False}
 
 usage() {
@@ -43,7 +45,8 @@ Variables, with their defaults (lists are separated by blanks):
   LR=1e-3 EPOCHS=10000 BATCH_SIZE=20480 EVAL_STEP=50 LEARNER=AdamW LR_SCHEDULER_TYPE=constant WARMUP_EPOCHS=50
   WEIGHT_DECAY=1e-4 DROPOUT_PROB=0.0 BN=False LOSS_TYPE=mse KMEANS_INIT=True KMEANS_ITERS=100
   NUM_EMB_LIST="256 256 256" SK_EPSILONS="" (none: 0 at every level) SK_ITERS=50 E_DIM=32 QUANT_LOSS_WEIGHT=1.0
-  BETA=0.25 LAYERS="2048 1024 512 256 128 64" SAVE_LIMIT=5 SEED=2024 DEVICE="" (cuda if there is one) OVERWRITE=False
+  BETA=0.25 LAYERS="2048 1024 512 256 128 64" SAVE_LIMIT=5 DEAD_CODE_THRESHOLD=0 (items an
+  epoch; below it a code restarts) SEED=2024 DEVICE="" (cuda if there is one) COMPILE=False (cuda) OVERWRITE=False
 TEXT
 }
 
@@ -57,4 +60,5 @@ exec python -m rq.rqvae --data_path "$DATA_PATH" --ckpt_dir "$CKPT_DIR" \
     --kmeans_init "$KMEANS_INIT" --kmeans_iters "$KMEANS_ITERS" --num_emb_list $NUM_EMB_LIST \
     ${SK_EPSILONS:+--sk_epsilons $SK_EPSILONS} --sk_iters "$SK_ITERS" --e_dim "$E_DIM" \
     --quant_loss_weight "$QUANT_LOSS_WEIGHT" --beta "$BETA" --layers $LAYERS --save_limit "$SAVE_LIMIT" \
-    --seed "$SEED" ${DEVICE:+--device "$DEVICE"} --overwrite "$OVERWRITE"
+    --dead_code_threshold "$DEAD_CODE_THRESHOLD" --seed "$SEED" --compile "$COMPILE" \
+    ${DEVICE:+--device "$DEVICE"} --overwrite "$OVERWRITE"

@@ -6,18 +6,20 @@ item; here only items of a colliding group get one, all of them, so that no SID 
 colliding groups is LC-Rec's (arXiv 2311.09049); the entropic transport is arXiv 1306.0895.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from catalog import level_token
+from catalog import SID_TOKEN, Catalog, level_token, read_index, split_sid
 from cli import UserError, write_json
 from rq.models.vq import sinkhorn
 
 MODES = ("none", "sinkhorn", "nearest_free", "extra_token")
 SINKHORN_EPSILON, SINKHORN_ITERATIONS, SINKHORN_ROUNDS = 0.003, 50, 20
+SINKHORN_BLOCK = 1 << 22  # distances at once
 
 
 def to_sids(codes: np.ndarray) -> list[list[str]]:
@@ -25,18 +27,65 @@ def to_sids(codes: np.ndarray) -> list[list[str]]:
     return [[level_token(level, code) for level, code in enumerate(row) if code >= 0] for row in codes.tolist()]
 
 
+def read_codes(path: str | Path, flag: str) -> np.ndarray:
+    """The codes (items, depth) of an index file, -1 beyond the end of a shorter SID.
+
+    Raises `UserError` where the file is no index, a token stands at another level than its letter says, or a SID is a
+    prefix of another.
+    """
+    sids = read_index(path, flag)
+    try:
+        Catalog(sids)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    split = [split_sid(sid) for sid in sids]
+    codes = np.full((len(split), max(map(len, split))), -1, dtype=np.int64)
+    for item, tokens in enumerate(split):
+        for level, token in enumerate(tokens):
+            codes[item, level] = int(SID_TOKEN.fullmatch(token).group(2))
+            if token != level_token(level, codes[item, level]):
+                expected = level_token(level, codes[item, level])
+                raise UserError(f"{path}: item {item} has {token} at level {level}, expected {expected} there")
+    return codes
+
+
+def keys_of(codes: np.ndarray) -> np.ndarray:
+    """(items,) int64, equal where rows of `codes` are equal and in the rows' order: one number sorts faster than a row.
+
+    No columns give zeros.
+    """
+    keys, span = np.zeros(len(codes), dtype=np.int64), 1
+    for column in codes.T:
+        width = int(column.max()) + 2
+        if span * width >= 2**62:
+            keys = np.unique(keys, return_inverse=True)[1].reshape(-1)
+            span = len(codes)
+        keys, span = keys * width + column + 1, span * width
+    return keys
+
+
 def collision_rate(codes: np.ndarray) -> float:
     """1 - distinct SIDs / items, in [0, 1)."""
-    return 1 - len(np.unique(codes, axis=0)) / len(codes)
+    return 1 - len(np.unique(keys_of(codes))) / len(codes)
 
 
 def colliding_groups(codes: np.ndarray) -> Iterator[np.ndarray]:
     """The items of each SID that several share, ids rising; groups in order of their SIDs."""
-    _, group, sizes = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
-    order = np.argsort(group.reshape(-1), kind="stable")
-    for items in np.split(order, np.cumsum(sizes)[:-1]):
-        if len(items) > 1:
-            yield items
+    keys = keys_of(codes)
+    order = np.argsort(keys, kind="stable")
+    first = np.flatnonzero(np.diff(keys[order], prepend=keys[order[0]] - 1))
+    sizes = np.diff(first, append=len(keys))
+    for start, size in zip(first[sizes > 1], sizes[sizes > 1], strict=True):
+        yield order[start : start + size]
+
+
+def refuse_small_codebooks(sizes: Sequence[int], n_items: int, mode: str) -> None:
+    """Raises `UserError` where codebooks of `sizes` have fewer SIDs than there are items, unless extra tokens help."""
+    if math.prod(sizes) < n_items and mode != "extra_token":
+        raise UserError(
+            f"{' x '.join(map(str, sizes))} codes make {math.prod(sizes)} SIDs, fewer than the {n_items} items; give more "
+            f"levels or codes, or --collision extra_token"
+        )
 
 
 def resolve(codes: np.ndarray, mode: str, residuals: np.ndarray, codebook: np.ndarray) -> np.ndarray:
@@ -67,12 +116,19 @@ def sinkhorn_last_level(
     """
     codes = codes.copy()
     for _ in range(rounds):
-        groups = list(colliding_groups(codes))
-        if not groups:
+        before = codes.copy()
+        by_size: dict[int, list[np.ndarray]] = {}
+        for items in colliding_groups(codes):
+            by_size.setdefault(len(items), []).append(items)
+        for size, groups in sorted(by_size.items()):
+            step = max(1, SINKHORN_BLOCK // (size * len(codebook)))
+            for start in range(0, len(groups), step):
+                items = np.stack(groups[start : start + step])  # (groups, size): one problem each
+                distances = _distances(residuals[items.reshape(-1)], codebook).reshape(*items.shape, -1)
+                plan = sinkhorn(torch.from_numpy(distances), SINKHORN_EPSILON, SINKHORN_ITERATIONS)
+                codes[items, -1] = plan.argmax(dim=-1).numpy()
+        if np.array_equal(codes, before):  # no group, or none that moves: later rounds would be the same
             break
-        for items in groups:
-            distances = torch.from_numpy(_distances(residuals[items], codebook))
-            codes[items, -1] = sinkhorn(distances, SINKHORN_EPSILON, SINKHORN_ITERATIONS).argmax(dim=1).numpy()
     return codes
 
 
@@ -86,7 +142,7 @@ def nearest_free(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray)
     groups = list(colliding_groups(codes))
     if not groups:
         return codes
-    _, prefix = np.unique(codes[:, :-1], axis=0, return_inverse=True)
+    _, prefix = np.unique(keys_of(codes[:, :-1]), return_inverse=True)
     prefix = prefix.reshape(-1)
     sizes = np.bincount(prefix)
     if sizes.max() > len(codebook):
@@ -122,23 +178,33 @@ def extra_token(codes: np.ndarray) -> np.ndarray:
 
 
 def quality(codes: np.ndarray) -> dict:
-    """Figures of an index: items, distinct SIDs, collision rate, most items on one SID, and by level the codes used
-    and the perplexity, which is exp of the entropy in nats: the number of codes in even use that would be as varied.
+    """Figures of an index: items, distinct SIDs, collision rate, how many SIDs hold 1, 2, ... items, the entropy of the
+    SIDs in nats, and by level the codes used, the fewest and most items of a used code, and the perplexity, which is
+    exp of the entropy in nats: the number of codes in even use that would be as varied.
     """
-    _, sizes = np.unique(codes, axis=0, return_counts=True)
-    used, perplexity = [], []
+    sizes = np.unique(keys_of(codes), return_counts=True)[1]
+    used, spread, perplexity = [], [], []
     for level in codes.T:
-        share = np.unique(level[level >= 0], return_counts=True)[1] / (level >= 0).sum()
-        used.append(len(share))
-        perplexity.append(round(float(np.exp(-(share * np.log(share)).sum())), 2))
+        counts = np.unique(level[level >= 0], return_counts=True)[1]
+        used.append(len(counts))
+        spread.append([int(counts.min()), int(counts.max())])
+        perplexity.append(round(float(np.exp(_entropy(counts))), 2))
     return {
         "n_items": len(codes),
         "distinct_sids": len(sizes),
         "collision_rate": 1 - len(sizes) / len(codes),
         "max_items_per_sid": int(sizes.max()),
+        "items_per_sid": {str(n): int(c) for n, c in zip(*np.unique(sizes, return_counts=True), strict=True)},
+        "sid_entropy": round(_entropy(sizes), 4),
         "codes_used": used,
+        "items_per_code": spread,
         "perplexity": perplexity,
     }
+
+
+def _entropy(counts: np.ndarray) -> float:
+    share = counts / counts.sum()
+    return float(-(share * np.log(share)).sum())
 
 
 def write_index(path: str | Path, codes: np.ndarray) -> None:

@@ -10,11 +10,12 @@ A checkpoint folder holds
     result.json                   the figures of a finished run; where it exists nothing is trained again
 """
 
-import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,8 +24,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cli import UserError, atomic_file, read_json, require_file, write_json
-from rq.models.rqvae import RQVAE
+from cli import HfArg, UserError, atomic_file, read_json, require_file, write_json
+from rq.codebooks import read_codebooks
+from rq.embeddings import digest
+from rq.models.rq import Codebooks
+from rq.models.rqvae import RQVAE, RQKMeansPlus
 from rq.sid_index import collision_rate
 
 OPTIMIZERS = {
@@ -34,8 +38,83 @@ OPTIMIZERS = {
     "adagrad": torch.optim.Adagrad,
     "rmsprop": torch.optim.RMSprop,
 }
-ARCHITECTURES = {"rqvae": RQVAE}
+ARCHITECTURES = {"rqvae": RQVAE, "rqkmeans_plus": RQKMeansPlus}
 MAX_GRADIENT_NORM = 1.0
+
+
+@dataclass
+class TrainingOptions:
+    """What every learned quantizer takes."""
+
+    # files
+    data_path: str = HfArg(default="", help="embeddings, <D>.emb-<plm>-td.npy")
+    ckpt_dir: str = HfArg(default="", help="folder for the checkpoints")
+    overwrite: bool = HfArg(default=False, help="replace a run with other hyper-parameters in --ckpt_dir")
+    save_limit: int = HfArg(default=5, help="evaluated epochs to keep beside the best; 0: none")
+    # model
+    layers: list[int] = HfArg(default_factory=lambda: [2048, 1024, 512, 256, 128, 64], help="hidden sizes")
+    beta: float = HfArg(default=0.25, help="weight of the commitment loss")
+    quant_loss_weight: float = HfArg(default=1.0, help="weight of the quantisation loss")
+    loss_type: Literal["mse", "l1"] = HfArg(default="mse", help="reconstruction loss")
+    dropout_prob: float = HfArg(default=0.0, help="dropout before each linear layer")
+    bn: bool = HfArg(default=False, help="batch norm after each linear layer but the last")
+    sk_epsilons: list[float] = HfArg(
+        default_factory=list, help="Sinkhorn's epsilon of each level while training; 0: nearest code; none: all 0"
+    )
+    sk_iters: int = HfArg(default=50, help="Sinkhorn rounds")
+    # training
+    lr: float = HfArg(default=1e-3, help="peak learning rate")
+    epochs: int = HfArg(default=10000, help="passes over the items")
+    batch_size: int = HfArg(default=20480, help="items a step; more than there are: one batch")
+    learner: str = HfArg(default="AdamW", help="adam, adamw, sgd, adagrad or rmsprop")
+    lr_scheduler_type: Literal["constant", "linear"] = HfArg(default="constant", help="after the warm-up")
+    warmup_epochs: int = HfArg(default=50, help="epochs in which the learning rate rises from 0")
+    weight_decay: float = HfArg(default=1e-4, help="weight decay")
+    eval_step: int = HfArg(default=50, help="epochs between evaluations and checkpoints")
+    dead_code_threshold: float = HfArg(
+        default=0.0, help="a code that fewer items took in an epoch restarts at an item's residual; 0: never"
+    )
+    # machine
+    seed: int = HfArg(default=2024, help="seed of weights, k-means and order")
+    device: str = HfArg(default="", help="cpu, cuda, cuda:1, ...; empty: cuda if there is one")
+    compile: bool = HfArg(default=False, help="compile the training step; cuda alone")
+    num_workers: int = HfArg(default=0, help="of no effect: the embeddings live on the device")
+
+    def __post_init__(self):
+        self.check(
+            ckpt_dir=(bool(self.ckpt_dir), "a folder"),
+            layers=(min(self.layers, default=0) >= 1, "sizes of at least 1"),
+            sk_iters=(self.sk_iters >= 1, "at least 1"),
+            dropout_prob=(0 <= self.dropout_prob < 1, "0 or more and below 1"),
+            beta=(self.beta >= 0, "0 or more"),
+            quant_loss_weight=(self.quant_loss_weight >= 0, "0 or more"),
+            lr=(self.lr > 0, "more than 0"),
+            epochs=(self.epochs >= 1, "at least 1"),
+            batch_size=(self.batch_size >= 2, "at least 2"),
+            learner=(self.learner.lower() in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+            warmup_epochs=(self.warmup_epochs >= 0, "0 or more"),
+            weight_decay=(self.weight_decay >= 0, "0 or more"),
+            eval_step=(self.eval_step >= 1, "at least 1"),
+            dead_code_threshold=(self.dead_code_threshold >= 0, "0 or more"),
+            save_limit=(self.save_limit >= 0, "0 or more"),
+        )
+
+    def check(self, **rules: tuple[bool, str]) -> None:
+        """Raises `UserError` for the first flag whose rule, (holds, what was expected), does not hold."""
+        for flag, (holds, rule) in rules.items():
+            if not holds:
+                raise UserError(f"--{flag} is {getattr(self, flag)!r}, expected {rule}")
+
+    def spread_epsilons(self, levels: int) -> None:
+        """One `sk_epsilons` value a level; none given means zeros."""
+        self.sk_epsilons = self.sk_epsilons or [0.0] * levels
+        fits = len(self.sk_epsilons) == levels and min(self.sk_epsilons) >= 0
+        self.check(sk_epsilons=(fits, f"{levels} values of 0 or more, one for each level"))
+
+    def model_options(self) -> dict:
+        """The options that a model's constructor takes as they are."""
+        names = "layers beta dropout_prob bn loss_type quant_loss_weight sk_epsilons sk_iters"
+        return {name: getattr(self, name) for name in names.split()}
 
 
 @dataclass(frozen=True)
@@ -50,21 +129,17 @@ class Schedule:
     lr_scheduler_type: str  # constant or linear
     warmup_epochs: int
     weight_decay: float
-    kmeans_init: bool
-    kmeans_iters: int
+    dead_code_threshold: float  # items
     seed: int
     save_limit: int
+    kmeans_init: bool = False
+    kmeans_iters: int = 0
 
     def hyper_parameters(self) -> dict:
         """What config.json records."""
         values = asdict(self) | {"learner": self.learner.lower()}
         del values["save_limit"]
         return values
-
-
-def digest(embeddings: np.ndarray) -> str:
-    """A fingerprint of the matrix: 128 bits of BLAKE2 over its bytes, in hexadecimal."""
-    return hashlib.blake2b(np.ascontiguousarray(embeddings).data, digest_size=16).hexdigest()
 
 
 def prepare_folder(folder: str | Path, config: dict, overwrite: bool) -> bool:
@@ -105,9 +180,14 @@ def _first_difference(there: dict, asked: dict, prefix: str = "") -> str:
 def load_model(path: str | Path, flag: str = "ckpt_path") -> tuple[nn.Module, dict]:
     """The model in `path` and its config; a folder means its best_collision.safetensors.
 
+    An .npz of codebooks is a model too; its config has the `codes` (items, levels) of the items that it was made of.
     Raises `UserError` if weights or config.json are missing, broken, or of another architecture.
     """
     path = require_file(path, flag)
+    if path.suffix == ".npz":
+        found = read_codebooks(path, flag)
+        config = {"model": {"in_dim": found.codebooks[0].shape[1]}, "data": {"digest": found.meta.get("digest")}}
+        return Codebooks([torch.from_numpy(book) for book in found.codebooks]), config | {"codes": found.codes}
     if path.is_dir():
         path = require_file(path / "best_collision.safetensors", flag)
     config = read_json(path.parent / "config.json", flag)
@@ -120,7 +200,7 @@ def load_model(path: str | Path, flag: str = "ckpt_path") -> tuple[nn.Module, di
     try:
         model = ARCHITECTURES[architecture](**config["model"])
         model.load_state_dict(load_file(path))
-    except (KeyError, TypeError, RuntimeError, SafetensorError, OSError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, OSError) as error:
         raise UserError(f"{path}: does not fit its config.json ({error}); train again or check --{flag}") from None
     return model, config
 
@@ -134,15 +214,66 @@ def learning_rate_factor(epoch: float, schedule: Schedule) -> float:
     return max(0.0, (schedule.epochs - epoch) / max(1, schedule.epochs - schedule.warmup_epochs))
 
 
+def train(
+    architecture: str,
+    model_config: dict,
+    embeddings: np.ndarray,
+    options: TrainingOptions,
+    device: torch.device,
+    prepare: Callable[[nn.Module], None] = lambda model: None,
+    **more_config,
+) -> None:
+    """Train one of `ARCHITECTURES` on embeddings (items, dim) into `--ckpt_dir`, unless that is done already.
+
+    `prepare` gets the new model before its first step; `more_config` is what else shapes the result.
+    """
+    o = options
+    if o.compile and device.type != "cuda":
+        raise UserError(f"--compile True is for cuda, but the device is {device}; leave it out")
+    if o.num_workers:
+        print(f"--num_workers {o.num_workers} has nothing to load: the whole matrix is on {device}")
+    if o.warmup_epochs >= o.epochs:
+        print(f"the learning rate never reaches {o.lr}: --warmup_epochs {o.warmup_epochs}, --epochs {o.epochs}")
+    sizes = model_config["num_emb_list"]
+    if np.prod(sizes, dtype=float) < len(embeddings):
+        print(f"codebooks of {sizes} have fewer SIDs than there are items: only --collision extra_token will do")
+
+    schedule = Schedule(**{f.name: getattr(o, f.name) for f in fields(Schedule) if hasattr(o, f.name)})
+    config = {"architecture": architecture, "model": model_config, "training": schedule.hyper_parameters()}
+    config["data"] = {"n_items": len(embeddings), "digest": digest(embeddings)} | more_config
+    if prepare_folder(o.ckpt_dir, config, o.overwrite):
+        print(f"{o.ckpt_dir}: finished before with these hyper-parameters; nothing to do")
+        return
+
+    torch.manual_seed(o.seed)
+    model = ARCHITECTURES[architecture](**model_config)
+    prepare(model)
+    print(f"{len(embeddings)} items, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}")
+    result = Trainer(model, embeddings, schedule, o.ckpt_dir, device, o.compile).fit()
+    print(
+        f"wrote {o.ckpt_dir}: least loss {result['best_loss']:.5f}, least collision rate "
+        f"{result['best_collision']:.4f}, {result['epochs']} epochs in {result['seconds']} s"
+    )
+
+
 class Trainer:
     """Trains `model` on embeddings (items, dim) into `folder`, or goes on from where a killed run stopped.
 
     Deterministic: the same seed, machine and thread count give the same weights, whether killed in between or not.
     """
 
-    def __init__(self, model: nn.Module, embeddings: np.ndarray, schedule: Schedule, folder: str | Path, device):
+    def __init__(
+        self,
+        model: nn.Module,
+        embeddings: np.ndarray,
+        schedule: Schedule,
+        folder: str | Path,
+        device,
+        compile_step: bool = False,
+    ):
         self.folder, self.schedule, self.device = Path(folder), schedule, torch.device(device)
         self.model = model.to(self.device)
+        self.forward = torch.compile(self.model) if compile_step else self.model  # the same weights
         self.data = torch.from_numpy(embeddings).to(self.device)  # (items, dim)
         self.optimizer = OPTIMIZERS[schedule.learner.lower()](
             model.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay
@@ -166,14 +297,22 @@ class Trainer:
         """One pass over the data; returns the mean loss a row."""
         self.model.train()
         total = torch.zeros((), device=self.device)
+        levels, threshold = self.model.quantizer.levels, self.schedule.dead_code_threshold
+        counts = [torch.zeros(len(level.codebook), dtype=torch.long, device=self.device) for level in levels]
         for rows in self._batches():
-            loss = self.model(self.data[rows]).loss
+            output = self.forward(self.data[rows])
+            loss = output.loss
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
             self.optimizer.step()
             self.scheduler.step()
             total += loss.detach() * len(rows)
+            if threshold:
+                for count, codes in zip(counts, output.codes.T, strict=True):
+                    count += torch.bincount(codes, minlength=len(count))
+        if threshold and self.epoch + 1 < self.schedule.epochs:  # the last epoch's codes are the result
+            self.model.restart_dead_codes(self.data[rows], counts, threshold)
         mean = total.item() / len(self.data)
         if not np.isfinite(mean):
             raise UserError(f"the loss is {mean} at epoch {self.epoch + 1}; lower --lr or raise --warmup_epochs")
@@ -191,7 +330,7 @@ class Trainer:
         else:
             print(f"going on after epoch {self.epoch}, from {self.folder / 'last.pt'}")
         begin = time.perf_counter() - self.seconds
-        with tqdm(total=schedule.epochs, initial=self.epoch, desc="RQ-VAE", unit="epoch", mininterval=1) as bar:
+        with tqdm(total=schedule.epochs, initial=self.epoch, desc="training", unit="epoch", mininterval=1) as bar:
             while self.epoch < schedule.epochs:
                 loss = self._train_epoch()
                 self.epoch += 1

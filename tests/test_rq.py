@@ -15,7 +15,16 @@ from rq.embeddings import load_embeddings, pick_device
 from rq.models.rq import ResidualQuantizer
 from rq.models.rqvae import RQVAE
 from rq.models.vq import sinkhorn
-from rq.sid_index import MODES, colliding_groups, collision_rate, quality, resolve, to_sids
+from rq.sid_index import (
+    MODES,
+    colliding_groups,
+    collision_rate,
+    keys_of,
+    quality,
+    resolve,
+    sinkhorn_last_level,
+    to_sids,
+)
 from rq.text2emb.amazon_text2emb import drop_words, item_texts, plain_text
 from rq.trainer import Trainer
 
@@ -114,6 +123,37 @@ def test_sinkhorn_spreads_what_argmin_crowds():
     assert torch.equal(stack.eval()(z).codes, stack.encode(z).codes), "balancing belongs to training alone"
 
 
+def test_sinkhorn_of_a_stack_is_sinkhorn_of_each():
+    distances = torch.rand(3, 20, 6, generator=torch.Generator().manual_seed(0))
+    each = torch.stack([sinkhorn(d, 0.05, 30) for d in distances])
+    torch.testing.assert_close(sinkhorn(distances, 0.05, 30), each)
+
+
+def test_dead_codes_restart_at_residuals():
+    stack, z = quantizer(), torch.randn(20, 3)
+    before = [level.codebook.clone() for level in stack.levels]
+    counts = [torch.tensor([3, 0, 2, 1, 3]), torch.full((6,), 9), torch.tensor([9, 9, 9, 9, 9, 9, 0])]
+    stack.restart_dead_codes(z, counts, threshold=2)
+    moved = [(level.codebook != old).any(1).tolist() for level, old in zip(stack.levels, before, strict=True)]
+    assert moved == [[False, True, False, True, False], [False] * 6, [False] * 6 + [True]]
+    first, *_, last = stack.levels
+    assert all((z == first.codebook[code]).all(1).any() for code in (1, 3)), "each is a row of z"
+    assert not torch.equal(first.codebook[1], first.codebook[3]), "and not the same row"
+    residual = stack.encode(z).last_residual
+    assert (residual - last.codebook[6]).abs().sum(1).min() < 1e-5
+
+
+def test_dead_code_threshold_revives_codes(embedding_file, tmp_path):
+    """Without k-means all codes start in one place, and few are ever used."""
+    used = []
+    for threshold in (0.0, 1.0):
+        folder = tmp_path / str(threshold)
+        train(embedding_file, folder, epochs=30, kmeans_init=False, num_emb_list=[32], dead_code_threshold=threshold)
+        model, _ = generate_indices.load_model(folder / "best_loss.safetensors")
+        used.append(model.encode(torch.from_numpy(np.load(embedding_file))).codes.unique().numel())
+    assert used[1] > 2 * used[0]
+
+
 def test_kmeans_start_finds_the_clusters(clustered):
     stack = ResidualQuantizer(num_emb_list=[8], dim=12, beta=0.25, sk_epsilons=[0.0], sk_iters=50)
     z = torch.from_numpy(clustered)
@@ -162,6 +202,14 @@ def test_sinkhorn_separates_what_differs_and_not_what_does_not():
     assert collision_rate(resolve(codes, "nearest_free", residuals * 0, CODEBOOK)) == 0
 
 
+def test_sinkhorn_goes_on_where_it_moves_onto_another_item():
+    """Item 1 leaves item 0 for item 2's code, both move from there, and only the third round tells all apart."""
+    codes, residuals = np.array([[0, 0], [0, 0], [0, 2]]), np.array([[0.0], [0.9], [3.0]])
+    rounds = [sinkhorn_last_level(codes, residuals, CODEBOOK, rounds=n)[:, 1].tolist() for n in (1, 2, 3)]
+    assert rounds == [[0, 2, 2], [0, 0, 3], [0, 2, 3]]
+    assert resolve(codes, "sinkhorn", residuals, CODEBOOK)[:, 1].tolist() == rounds[-1]
+
+
 def test_nearest_free_on_many_random_collisions():
     rng = np.random.default_rng(3)
     codes, residuals = rng.integers(4, size=(300, 3)), rng.normal(size=(300, 5))
@@ -187,6 +235,15 @@ def test_quality_figures():
     share = np.array([4, 2, 1]) / 7
     assert figures["perplexity"][0] == pytest.approx(np.exp(-(share * np.log(share)).sum()), abs=0.01)
     assert quality(np.array([[0], [1], [2], [3]]))["perplexity"] == [4.0]
+
+
+def test_keys_order_like_rows():
+    rng = np.random.default_rng(0)
+    for codes in (rng.integers(-1, 5, size=(200, 4)), rng.integers(2**16, size=(200, 6)), np.zeros((3, 0), dtype=int)):
+        codes = np.concatenate([codes, codes[:3]])
+        keys = keys_of(codes)
+        _, expected = np.unique(codes, axis=0, return_inverse=True)
+        np.testing.assert_array_equal(np.unique(keys, return_inverse=True)[1].reshape(-1), expected.reshape(-1))
 
 
 # ---- training
@@ -224,7 +281,14 @@ def test_every_learner_moves_every_weight(embedding_file, tmp_path, learner):
 
 
 def test_killed_and_resumed_equals_unbroken(embedding_file, tmp_path, monkeypatch):
-    options = {"epochs": 6, "eval_step": 1, "dropout_prob": 0.2, "lr_scheduler_type": "linear", "warmup_epochs": 2}
+    options = {
+        "epochs": 6,
+        "eval_step": 1,
+        "dropout_prob": 0.2,
+        "dead_code_threshold": 2.0,
+        "lr_scheduler_type": "linear",
+        "warmup_epochs": 2,
+    }
     train(embedding_file, tmp_path / "unbroken", **options)
     save_state = Trainer.save_state
 
@@ -358,6 +422,8 @@ def test_bad_embeddings(tmp_path, matrix, message):
         ({"epochs": 0}, "--epochs is 0, expected at least 1"),
         ({"num_emb_list": [256, 256]}, "n=96 rows .* fewer than K=256; lower --num_emb_list"),
         ({"batch_size": 4}, "n=96 rows with --batch_size 4"),
+        ({"dead_code_threshold": -1.0}, "--dead_code_threshold is -1.0, expected 0 or more"),
+        ({"compile": True}, "--compile True is for cuda, but the device is cpu"),
         ({"device": "cuda:99"}, "--device cuda:99 is not on this machine"),
         ({"device": "abacus"}, "--device abacus is not on this machine"),
         ({"lr": 1e30, "learner": "sgd", "epochs": 9}, "the loss is"),
@@ -394,7 +460,10 @@ def test_command_line_ends_in_one_line(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "none.npy" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["rqvae", "generate_indices", "text2emb/amazon_text2emb"])
+LAUNCHERS = "rqvae generate_indices rqkmeans_faiss rqkmeans_constrained rqkmeans_plus text2emb/amazon_text2emb"
+
+
+@pytest.mark.parametrize("name", LAUNCHERS.split())
 def test_launchers_refuse_what_they_do_not_know(name):
     def launch(*arguments):
         return subprocess.run(["bash", f"rq/{name}.sh", *arguments], capture_output=True, text=True)

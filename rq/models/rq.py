@@ -54,19 +54,33 @@ class ResidualQuantizer(nn.Module):
         return RQOutput(straight_through, torch.stack(losses).mean(), torch.stack(codes, dim=1))
 
     @torch.no_grad()
-    def encode(self, z: Tensor) -> Codes:
-        """The nearest codes of z (n, dim), level by level, never balanced."""
+    def encode(self, z: Tensor, allowed: Sequence[Tensor | None] | None = None) -> Codes:
+        """The nearest codes of z (n, dim), level by level, never balanced; of each level only the `allowed` (K,)."""
         residual, codes = z, []
-        for level in self.levels:
+        for i, level in enumerate(self.levels):
             last_residual = residual
-            codes.append(level.assign(residual))
+            codes.append(level.assign(residual, allowed=allowed[i] if allowed else None))
             residual = residual - level.codebook[codes[-1]]
         return Codes(torch.stack(codes, dim=1), last_residual)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """The vectors (n, dim) that `codes` (n, levels) stand for."""
-        return sum(level.codebook[codes[:, i]] for i, level in enumerate(self.levels))
+        """The vectors (n, dim) that `codes` (n, any number of leading levels) stand for."""
+        chosen = [level.codebook[code] for level, code in zip(self.levels, codes.T, strict=False)]
+        return sum(chosen, start=self.levels[0].codebook.new_zeros(len(codes), 1))
+
+    @torch.no_grad()
+    def restart_dead_codes(self, z: Tensor, counts: Sequence[Tensor], threshold: float) -> None:
+        """Each level's codes with `counts` below `threshold` restart at that level's residuals of z (n, dim)."""
+        for level, count in zip(self.levels, counts, strict=True):
+            level.restart_dead_codes(z, count, threshold)
+            z = z - level.codebook[level.assign(z)]
+
+    @torch.no_grad()
+    def load_codebooks(self, codebooks: Sequence[Tensor]) -> None:
+        """Set each level's codebook to the given (K, dim)."""
+        for level, codebook in zip(self.levels, codebooks, strict=True):
+            level.codebook.copy_(codebook)
 
     @torch.no_grad()
     def init_by_kmeans(self, z: Tensor, *, iterations: int, seed: int) -> None:
@@ -74,3 +88,56 @@ class ResidualQuantizer(nn.Module):
         for level in self.levels:
             level.init_by_kmeans(z, iterations=iterations, seed=seed)
             z = z - level.codebook[level.assign(z)]
+
+
+class ResidualModel(nn.Module):
+    """Embeddings to codes and back through a `quantizer` in a latent space: here the embeddings themselves."""
+
+    quantizer: ResidualQuantizer
+
+    def latent(self, x: Tensor) -> Tensor:
+        """What is quantised, (n, dim), of embeddings x (n, in_dim)."""
+        return x
+
+    def reconstruct(self, quantized: Tensor) -> Tensor:
+        """Embeddings (n, in_dim) of quantised latents (n, dim)."""
+        return quantized
+
+    @torch.inference_mode()
+    def encode(self, x: Tensor, batch_size: int = 20480, allowed: Sequence[Tensor | None] | None = None) -> Codes:
+        """Codes of x (n, in_dim), each level's nearest (of the `allowed`, if given), without dropout.
+
+        Leaves the model in evaluation mode.
+        """
+        self.eval()
+        parts = [self.quantizer.encode(self.latent(batch), allowed) for batch in x.split(batch_size)]
+        return Codes(torch.cat([p.codes for p in parts]), torch.cat([p.last_residual for p in parts]))
+
+    @torch.inference_mode()
+    def last_residual(self, x: Tensor, codes: Tensor) -> Tensor:
+        """What the last level quantises, (n, dim), where x (n, in_dim) has `codes` (n, levels), nearest or not."""
+        self.eval()
+        return self.latent(x) - self.quantizer.decode(codes[:, : len(self.quantizer.levels) - 1])
+
+    @torch.inference_mode()
+    def squared_error(self, x: Tensor, codes: Tensor, batch_size: int = 20480) -> Tensor:
+        """Sum over x (n, in_dim) of the squared error of what the first 1, 2, ... levels of `codes` give: (levels,)."""
+        self.eval()
+        total = torch.zeros(codes.shape[1], dtype=torch.float64, device=x.device)
+        for batch, code in zip(x.split(batch_size), codes.split(batch_size), strict=True):
+            for level in range(codes.shape[1]):
+                reconstruction = self.reconstruct(self.quantizer.decode(code[:, : level + 1]))
+                total[level] += (batch - reconstruction).double().square().sum()
+        return total
+
+
+class Codebooks(ResidualModel):
+    """Codebooks (K, dim) of a residual k-means, which quantise embeddings of the same dim as they are."""
+
+    def __init__(self, codebooks: Sequence[Tensor]):
+        super().__init__()
+        sizes = [len(codebook) for codebook in codebooks]
+        self.quantizer = ResidualQuantizer(
+            num_emb_list=sizes, dim=codebooks[0].shape[1], beta=0.0, sk_epsilons=[0.0] * len(sizes), sk_iters=1
+        )
+        self.quantizer.load_codebooks(codebooks)

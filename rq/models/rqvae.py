@@ -1,4 +1,7 @@
-"""RQ-VAE: an autoencoder whose code is residually quantised (arXiv 2107.03312; as semantic IDs: TIGER, 2305.05065)."""
+"""RQ-VAE: an autoencoder whose code is residually quantised (arXiv 2107.03312; as semantic IDs: TIGER, 2305.05065),
+
+and RQ-KMeans+ (GPR, arXiv 2511.10138): the same, started from the codebooks of a residual k-means.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rq.models.layers import MLP
-from rq.models.rq import Codes, ResidualQuantizer
+from rq.models.rq import ResidualModel, ResidualQuantizer
 
 
 class RQVAEOutput(NamedTuple):
@@ -21,7 +24,7 @@ class RQVAEOutput(NamedTuple):
     codes: Tensor  # (n, levels) int64
 
 
-class RQVAE(nn.Module):
+class RQVAE(ResidualModel):
     """Encoder in_dim-layers-e_dim, residual quantizer, decoder the other way round.
 
     `layers` are the hidden sizes: the input dimension is put before them and `e_dim` after them, as in LC-Rec and
@@ -53,21 +56,47 @@ class RQVAE(nn.Module):
         )
         self.decoder = MLP(sizes[::-1], dropout=dropout_prob, batch_norm=bn)
 
+    def latent(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+    def reconstruct(self, quantized: Tensor) -> Tensor:
+        return self.decoder(quantized)
+
     def forward(self, x: Tensor) -> RQVAEOutput:
-        quantized = self.quantizer(self.encoder(x))
-        reconstruction = self.decoder(quantized.quantized)
+        quantized = self.quantizer(self.latent(x))
+        reconstruction = self.reconstruct(quantized.quantized)
         reconstruction_loss = self.reconstruction_loss(reconstruction, x)
         loss = reconstruction_loss + self.quant_loss_weight * quantized.loss
         return RQVAEOutput(loss, reconstruction_loss, quantized.loss, reconstruction, quantized.codes)
 
-    @torch.inference_mode()
-    def encode(self, x: Tensor, batch_size: int = 20480) -> Codes:
-        """Codes of x (n, in_dim), each level's nearest, without dropout; leaves the model in evaluation mode."""
-        self.eval()
-        parts = [self.quantizer.encode(self.encoder(batch)) for batch in x.split(batch_size)]
-        return Codes(torch.cat([p.codes for p in parts]), torch.cat([p.last_residual for p in parts]))
-
     @torch.no_grad()
     def init_by_kmeans(self, x: Tensor, *, iterations: int, seed: int) -> None:
         """All codebooks from k-means on the encoded batch x (n, in_dim)."""
-        self.quantizer.init_by_kmeans(self.encoder(x), iterations=iterations, seed=seed)
+        self.quantizer.init_by_kmeans(self.latent(x), iterations=iterations, seed=seed)
+
+    @torch.no_grad()
+    def restart_dead_codes(self, x: Tensor, counts: Sequence[Tensor], threshold: float) -> None:
+        """Codes that `counts` (levels of (K,)) found below `threshold` restart at latents of the batch x (n, in_dim)."""
+        self.quantizer.restart_dead_codes(self.latent(x), counts, threshold)
+
+
+class RQKMeansPlus(RQVAE):
+    """z = x + MLP(x), whose last linear layer starts at zero: at first z = x, and codes are those of the codebooks.
+
+    The decoder has the same shortcut (GPR does not say what its decoder is), so that the reconstruction error starts
+    at the codebooks' own and not at that of a random network.
+    """
+
+    def __init__(self, *, in_dim: int, e_dim: int, **options):
+        if e_dim != in_dim:
+            raise ValueError(f"e_dim {e_dim} must equal in_dim {in_dim}: z = x + MLP(x)")
+        super().__init__(in_dim=in_dim, e_dim=e_dim, **options)
+        for network in (self.encoder, self.decoder):
+            nn.init.zeros_(network.steps[-1].weight)
+            nn.init.zeros_(network.steps[-1].bias)
+
+    def latent(self, x: Tensor) -> Tensor:
+        return x + self.encoder(x)
+
+    def reconstruct(self, quantized: Tensor) -> Tensor:
+        return quantized + self.decoder(quantized)

@@ -28,23 +28,24 @@ def squared_distances(x: Tensor, codebook: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sinkhorn(distances: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """The balanced soft assignment (n, K), float64: rows sum to 1, columns to n / K (exactly the columns).
+    """The balanced soft assignment (..., n, K), float64: rows sum to 1, columns to n / K (exactly the columns).
 
     Distances are centred and scaled to [-1, 1] first; `epsilon` is in that unit, and the smaller, the harder the
-    assignment. Rows and columns are scaled in turn `iterations` times (arXiv 1306.0895, algorithm 1).
+    assignment. Rows and columns are scaled in turn `iterations` times (arXiv 1306.0895, algorithm 1). Leading
+    dimensions are problems of their own.
     """
     d = distances.double()
-    middle, half = (d.max() + d.min()) / 2, (d.max() - d.min()) / 2
-    d = (d - middle) / half.clamp_min(1e-12)
+    high, low = d.amax(dim=(-2, -1), keepdim=True), d.amin(dim=(-2, -1), keepdim=True)
+    d = (d - (high + low) / 2) / ((high - low) / 2).clamp_min(1e-12)
     # A constant per row does not change the plan, and without it exp() overflows where epsilon is small.
-    plan = torch.exp(-(d - d.min(dim=1, keepdim=True).values) / epsilon)
-    n, n_codes = plan.shape
+    plan = torch.exp(-(d - d.amin(dim=-1, keepdim=True)) / epsilon)
+    n, n_codes = plan.shape[-2:]
     tiny = torch.finfo(torch.float64).tiny
-    column = torch.ones(n_codes, dtype=torch.float64, device=plan.device)
+    column = torch.ones_like(plan[..., :1, :])  # (..., 1, K)
     for _ in range(iterations):
-        row = 1 / (plan @ column).clamp_min(tiny)
-        column = (n / n_codes) / (row @ plan).clamp_min(tiny)
-    return row.unsqueeze(1) * plan * column
+        row = 1 / (plan @ column.mT).clamp_min(tiny)  # (..., n, 1)
+        column = (n / n_codes) / (row.mT @ plan).clamp_min(tiny)
+    return row * plan * column
 
 
 class VectorQuantizer(nn.Module):
@@ -56,9 +57,14 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Parameter(torch.empty(n_codes, dim).uniform_(-1 / n_codes, 1 / n_codes))
 
     @torch.no_grad()
-    def assign(self, x: Tensor, *, balanced: bool = False) -> Tensor:
-        """The code of each of x (n, dim), as (n,): the nearest, or Sinkhorn's choice if `balanced`."""
+    def assign(self, x: Tensor, *, balanced: bool = False, allowed: Tensor | None = None) -> Tensor:
+        """The code of each of x (n, dim), as (n,): the nearest, or Sinkhorn's choice if `balanced`.
+
+        `allowed` (K,) is False for codes that may not be chosen.
+        """
         distances = squared_distances(x, self.codebook)
+        if allowed is not None:
+            distances = distances.masked_fill(~allowed, torch.inf)
         if balanced and self.sk_epsilon > 0:
             return sinkhorn(distances, self.sk_epsilon, self.sk_iters).argmax(dim=1)
         return distances.argmin(dim=1)
@@ -68,6 +74,15 @@ class VectorQuantizer(nn.Module):
         chosen = self.codebook[codes]
         loss = F.mse_loss(chosen, x.detach()) + self.beta * F.mse_loss(x, chosen.detach())
         return VQOutput(chosen.detach(), loss, codes)
+
+    @torch.no_grad()
+    def restart_dead_codes(self, x: Tensor, counts: Tensor, threshold: float) -> None:
+        """Codes with `counts` (K,) below `threshold` restart at vectors drawn from x (n, dim), each drawn once.
+
+        This is SoundStream's remedy for codebook collapse (arXiv 2107.03312, section III-C; also Jukebox, 2005.00341).
+        """
+        dead = (counts < threshold).nonzero().squeeze(1)[: len(x)]
+        self.codebook[dead] = x[torch.randperm(len(x), device=x.device)[: len(dead)]].to(self.codebook.dtype)
 
     @torch.no_grad()
     def init_by_kmeans(self, x: Tensor, *, iterations: int, seed: int) -> None:
