@@ -214,7 +214,7 @@ def summary(options: Options, rows: pl.DataFrame, catalog: Catalog, predicted: P
 def main(options: Options) -> None:
     options.check()
     started = time.perf_counter()
-    process = PartialState()
+    process = PartialState(cpu=not torch.cuda.is_available())  # else every process of a CPU run believes it is alone
     items, rows, catalog, texts = read(options)
 
     tokenizer = checkpoint.load_tokenizer(options.base_model, "base_model")
@@ -236,6 +236,7 @@ def main(options: Options) -> None:
     write_json(path, predictions, indent=None)
     with atomic_file(path.with_suffix(".parquet"), "wb") as f:
         pl.DataFrame(predictions).write_parquet(f)
+    result["processes"] = process.num_processes
     result["seconds"] = time.perf_counter() - started
     write_json(path.with_suffix(".metrics.json"), result)
     shutil.rmtree(path.with_suffix(".parts"))

@@ -1,8 +1,8 @@
 """Evaluation in one process: its files, its resumption, and metrics that a plain loop over the predictions gives."""
 
+import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,12 +20,13 @@ from cli import UserError
 def options(world, checkpoint_folder, output, **more):
     arguments = {"base_model": checkpoint_folder, "test_data_path": world.test, "info_file": world.info}
     arguments |= {"train_file": world.train, "result_json_data": output}
-    return evaluate.Options(**{k: str(v) for k, v in arguments.items()}, **({"num_beams": 20, "batch_size": 2} | more))
+    arguments = {k: str(v) for k, v in arguments.items()} | {"num_beams": 20, "batch_size": 2} | more
+    return evaluate.Options(**arguments)
 
 
 def results(output: Path):
     metrics = json.loads(output.with_suffix(".metrics.json").read_text())
-    del metrics["seconds"]
+    del metrics["seconds"], metrics["processes"]
     return metrics, output.read_text()
 
 
@@ -123,16 +124,16 @@ def test_bad_options(world, checkpoint_folder, tmp_path, wrong, found):
 def test_killed_by_signal_on_one_process_and_finished_by_two(world, checkpoint_folder, tmp_path):
     """The parts of one process serve two: the batches do not depend on how many share them."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    files = {"BASE_MODEL": checkpoint_folder, "TEST_DATA_PATH": world.train, "INFO_FILE": world.info}
-    settings = {"NUM_BEAMS": 47, "BATCH_SIZE": 1, "EXCLUDE_SEEN": "True"}
+    common = {"num_beams": 47, "batch_size": 1, "exclude_seen": True, "test_data_path": str(world.train)}
 
     def start(name, processes):
-        own = {"RESULT_JSON_DATA": tmp_path / name, "NPROC": processes}
+        settings = dataclasses.asdict(options(world, checkpoint_folder, tmp_path / name, **common))
+        flags = [f"--{flag}={value}" for flag, value in settings.items() if value != ""]
+        launcher = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
         return subprocess.Popen(
-            ["bash", "evaluate.sh"],
+            [*launcher, "evaluate.py", *flags],
             cwd=ROOT,
-            env=environment | {k: str(v) for k, v in (files | settings | own).items()},
-            start_new_session=True,
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -143,11 +144,12 @@ def test_killed_by_signal_on_one_process_and_finished_by_two(world, checkpoint_f
     while len(list((tmp_path / "killed.parts").glob("[0-9]*.npz"))) < 3:
         assert killed.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(killed.pid, signal.SIGKILL)
+    killed.kill()
     killed.communicate()
     assert not (tmp_path / "killed.json").exists()
     resumed, whole = start("killed.json", 2), start("whole.json", 1)
     assert "parts were computed before" in resumed.communicate(timeout=300)[0]
     whole.communicate(timeout=300)
     assert resumed.returncode == whole.returncode == 0
+    assert json.loads((tmp_path / "killed.metrics.json").read_text())["processes"] == 2
     assert results(tmp_path / "killed.json") == results(tmp_path / "whole.json")
