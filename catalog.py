@@ -262,7 +262,7 @@ class Trie(NamedTuple):
                 facts = json.loads(f.metadata()["trie"])
                 facts["columns"] = tuple(map(tuple, facts["columns"]))
                 facts["widths"] = tuple(facts["widths"])
-                return cls(**{name: f.get_tensor(name) for name in f.keys()}, **facts)  # noqa: SIM118
+                return cls(**{name: f.get_tensor(name) for name in f.keys()}, **facts)
         except (safetensors.SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
             raise UserError(f"{path}: not a saved trie ({error}); save it again or check --{flag}") from None
 

@@ -217,9 +217,11 @@ def main(options: Options) -> None:
     process = PartialState(cpu=not torch.cuda.is_available())  # else every process of a CPU run believes it is alone
     items, rows, catalog, texts = read(options)
 
+    # Plain "cpu": to "cpu:0", a rank's name for it, weights are copied to other alignments and sums round otherwise.
+    device = process.device if process.device.type != "cpu" else torch.device("cpu")
     tokenizer = checkpoint.load_tokenizer(options.base_model, "base_model")
-    model = checkpoint.load_model(options.base_model, "base_model", DTYPES[options.dtype]).to(process.device)
-    trie = catalog.trie(tokenizer).to(process.device)
+    model = checkpoint.load_model(options.base_model, "base_model", DTYPES[options.dtype]).to(device)
+    trie = catalog.trie(tokenizer).to(device)
     if options.max_new_tokens < trie.depth:
         raise UserError(f"--max_new_tokens {options.max_new_tokens}: the catalog's SIDs have up to {trie.depth} tokens")
 
