@@ -400,6 +400,20 @@ def test_a_restricted_trie_decodes_as_one_built_from_the_subset(space):
         sample(model, trie.restrict(nothing), ids, mask, 5, space=space)
 
 
+def test_places_that_nothing_fills_name_no_sid():
+    """One SID left of many: the other places are empty, also where dead beams stand above leaves of the first level."""
+    model, sids = random_model(CONFIGS["qwen2"]()), [(20 + i,) for i in range(30)] + [(60, 90), (61, 90)]
+    only = torch.zeros(len(sids), dtype=torch.bool)
+    for kept in (3, 30):
+        found = beam_search(
+            model,
+            Trie.build(sids).restrict(only.clone().index_fill_(0, torch.tensor(kept), True)),
+            *prompts_of([4, 7]),
+            28,
+        )
+        assert found.leaf.tolist() == [[kept] + [-1] * 27] * 2
+
+
 # ------------------------------------------------------------------------------------------------ which models
 
 

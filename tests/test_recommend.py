@@ -61,6 +61,11 @@ def test_filters_and_order(world, checkpoint_folder, policy):
         recommend.Recommender(both)
 
 
+def test_the_prompt_takes_the_last_items(world, checkpoint_folder):
+    short = recommend.Recommender(options(world, checkpoint_folder, max_history=2))
+    assert short([[9, 9, 3, 5]]) == short([[3, 5]]) != short([[9, 9]])
+
+
 def test_jsonl_answers_each_line_in_order(world, checkpoint_folder, monkeypatch, capsys):
     users = [{"user": n, "history": [n, f"number {n + 20}"]} for n in range(5)]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(json.dumps, users)) + "\n\n"))
