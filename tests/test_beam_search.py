@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import QWEN_TOKENIZER
 from transformers import (
     AutoModelForCausalLM,
@@ -473,6 +475,16 @@ def test_architectures_that_cannot_decode_a_tree_are_refused():
     other.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.5)  # not in the config
     with pytest.raises(UserError, match="gives other logits for a tree"):
         beam_search(other, *arguments)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_model_under_autocast_is_not_taken_for_another_architecture(outside):
+    model, (ids, mask) = random_model(CONFIGS["qwen2"]()), prompts_of([4, 7])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        assert beam_search(model, Trie.build(MIXED), ids, mask, 3).leaf.shape == (2, 3)
 
 
 @pytest.mark.parametrize("space", ["vocab", "catalog"])
