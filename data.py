@@ -138,6 +138,15 @@ def read_sequences(path: str | Path, sids: Sequence[str], flag: str, max_history
     return rows.select("user", pl.col("history").list.tail(max_history), "target")
 
 
+def read_preferences(path: str | Path, flag: str = "user_preference_file") -> pl.DataFrame:
+    """Columns user, preference from a JSON object `{"user id": "what they like", …}`; a user may be missing."""
+    content = read_json(path, flag)
+    for user, text in content.items():
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{path}: user {user!r} has {str(text)[:60]!r}, expected a text; check --{flag}")
+    return pl.DataFrame({"user": list(content), "preference": [" ".join(text.split()) for text in content.values()]})
+
+
 def target_counts(sequences: pl.DataFrame, n_items: int) -> list[int]:
     """How often each item is a target, as a list of length `n_items`: popularity."""
     counts = dict(sequences.group_by("target").len().iter_rows())
@@ -234,6 +243,29 @@ def _sid_walk(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterat
         yield prompt, prompts.sid_history(walk[1:], items)
 
 
+def _preferences(sequences: pl.DataFrame, items: Items) -> Iterator[tuple[list[int], int, str]]:
+    """(history, target, preference) of the samples whose user has one; a preference that names the answer is refused."""
+    if "preference" not in sequences.columns:
+        raise UserError("the preference tasks need --user_preference_file; give it, or leave them out of --sft_tasks")
+    for user, past, target, text in sequences.select("user", "history", "target", "preference").iter_rows():
+        if text is not None:
+            if items.sids[target] in text:
+                raise UserError(
+                    f"--user_preference_file: user {user}'s text holds {items.sids[target]}, an answer of theirs"
+                )
+            yield past, target, text
+
+
+def _sid_seq2preference(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Pair]:
+    for past, _, text in _preferences(sequences, items):
+        yield prompts.render("sid_seq2preference", history=prompts.sid_history(past, items)), text
+
+
+def _preference2sid(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Pair]:
+    for _, target, text in _preferences(sequences, items):
+        yield prompts.render("preference2sid", preference=text), items.sids[target]
+
+
 def _sids(items: Items) -> list[str]:
     return items.sids
 
@@ -251,6 +283,8 @@ SFT_TASKS: dict[str, Callable[[pl.DataFrame, Items, Prompts], Iterator[Pair]]] =
     "title_seq2title": _sequence_task("title_seq2title", Prompts.title_history, _titles),
     "title_seq2sid": _sequence_task("title_seq2sid", Prompts.title_history, _sids),
     "sid_walk": _sid_walk,
+    "sid_seq2preference": _sid_seq2preference,
+    "preference2sid": _preference2sid,
 }
 DEFAULT_TASKS = "sid_seq,title2sid,sid2title,sid_seq2title,title_seq2title"
 
@@ -290,13 +324,54 @@ def sft_pairs(
 
 # ------------------------------------------------------------------------------------------------ RL prompts
 
+RL_TASKS = ("sid_seq", "title2sid", "title_seq2sid")
 
-def rl_rows(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> dict[str, list]:
-    """Columns of the RL dataset. Each row carries its own target: nothing is looked up by prompt text."""
-    return {
-        "prompt": next_sid_prompts(sequences, items, prompts),
-        "target_sid": [items.sids[target] for target in sequences["target"]],
-        "target_item": sequences["target"].to_list(),
-        "history_items": sequences["history"].to_list(),
-        "task": ["sid_seq"] * len(sequences),
-    }
+
+def parse_rl_tasks(text: str) -> dict[str, int | None]:
+    """`"sid_seq,title2sid:1000"` -> `{"sid_seq": None, "title2sid": 1000}`: the most rows of a task, None for all."""
+    caps: dict[str, int | None] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, cap = part.partition(":")
+        if name not in RL_TASKS or name in caps:
+            raise UserError(f"--rl_tasks {text}: found {name!r}, expected some of {', '.join(RL_TASKS)}, each once")
+        if cap and not (cap.isdecimal() and int(cap) > 0):
+            raise UserError(f"--rl_tasks {text}: {cap!r} is no number of rows, expected one as in {name}:1000")
+        caps[name] = int(cap) if cap else None
+    if not caps:
+        raise UserError(f"--rl_tasks: no task given, expected some of {', '.join(RL_TASKS)}")
+    return caps
+
+
+def rl_rows(
+    sequences: pl.DataFrame,
+    items: Items,
+    prompts: Prompts,
+    caps: dict[str, int | None] | None = None,
+    seed: int = 0,
+) -> dict[str, list]:
+    """Columns of the RL dataset. Each row carries its own target: nothing is looked up by prompt text.
+
+    caps: the most rows of each task, drawn by seed, None for all; by default SID history -> SID alone. An item's title
+    asks for that item and has no history; a history asks for the sample's target.
+    """
+    columns: dict[str, list] = {name: [] for name in ("prompt", "target_sid", "target_item", "history_items", "task")}
+    histories, targets = sequences["history"].to_list(), sequences["target"].to_list()
+    for task, cap in (caps or {"sid_seq": None}).items():
+        by_item = task == "title2sid"
+        rows = range(len(items.sids) if by_item else len(targets))
+        if cap is not None and cap < len(rows):
+            rows = sorted(random.Random(f"{seed} {task}").sample(rows, cap))
+        for row in rows:
+            history, target = ([], row) if by_item else (histories[row], targets[row])
+            if task == "sid_seq":
+                fields = {"history": prompts.sid_history(history, items)}
+            elif task == "title_seq2sid":
+                fields = {"history": prompts.title_history(history, items)}
+            else:
+                fields = {"item": items.titles[target]}
+            columns["prompt"].append(prompts.render(task, **fields))
+            columns["target_sid"].append(items.sids[target])
+            columns["target_item"].append(target)
+            columns["history_items"].append(history)
+            columns["task"].append(task)
+    return columns

@@ -39,6 +39,11 @@ class LMHead(NamedTuple):
         """
         model = unwrap_adapter(model)
         head, config = model.get_output_embeddings(), model.config.get_text_config()
+        head = getattr(head, "token_adapter", head)  # PEFT's layer, where some tokens' rows are trained apart
+        if hasattr(head, "get_merged_weights"):
+            weight, head = head.get_merged_weights(head.active_adapters), head.get_base_layer()
+        else:
+            weight = getattr(head, "weight", None)
         if not isinstance(head, torch.nn.Linear):
             raise UserError(
                 f"{type(model).__name__} has a {type(head).__name__} for an LM head, expected one linear layer; "
@@ -46,7 +51,7 @@ class LMHead(NamedTuple):
             )
         scale = getattr(config, "logit_scale", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
-        return cls(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))
+        return cls(weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """Logits of the tokens `rows`, float32. (..., dim) -> (..., rows)."""

@@ -1,4 +1,4 @@
-"""Baselines: popularity, a first-order Markov chain, SASRec; the language models' files, split, history and metrics.
+"""Baselines: popularity, a first-order Markov chain, SASRec, GRU4Rec, Caser; the language models' split and metrics.
 
     bash sasrec.sh          or, for one model:
     python sasrec.py --model markov --train_file D/train/X.csv --valid_file D/valid/X.csv --test_file D/test/X.csv \\
@@ -7,17 +7,12 @@
 - popularity: how often train takes the item as a target, for every row alike. First items of histories, which are
   nobody's target, do not count.
 - markov: how often train goes from the last item of the history to the item; equal counts rank by popularity.
-- sasrec: Kang & McAuley 2018, arXiv 1808.09781. Departures from the paper:
-    1. softmax cross-entropy over the whole catalog instead of binary cross-entropy with one sampled negative;
-    2. ranks are over the whole catalog instead of 100 sampled negatives;
-    3. pre-norm residuals x + f(norm(x)) with a norm at the end (the paper's text; its code normalises queries alone);
-    4. a row is a window of at most `max_history` items; its target and, with `--loss_positions all`, each item of its
-       history after the first are predicted from the items before;
-    5. AdamW.
+- sasrec, gru4rec, caser: sequential.py has the models, their losses and their departures from the papers. Here they
+  are trained by AdamW and ranked over the whole catalog instead of against 100 sampled negatives.
 
 Every model ranks all items of the catalog, those of the history included. `output_dir` gets `metrics.json`, and from
-sasrec also `model.safetensors` and `config.json`, which `SASRec.load` reads. Hyper-parameters are chosen on valid
-alone; test is scored once, with the epoch that was best on valid.
+the last three also `model.safetensors` and `config.json`, which `load_checkpoint` reads. Hyper-parameters are chosen
+on valid alone (benchmarks/baselines.py); test is scored once, with the epoch that was best on valid.
 """
 
 import hashlib
@@ -27,27 +22,24 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from scipy.sparse import csr_array
-from torch import nn
 from tqdm import tqdm
 
 from catalog import Catalog
-from cli import HfArg, UserError, atomic_file, not_built, read_json, require_file, run, write_json
+from cli import HfArg, UserError, read_json, require_file, run, write_json
 from data import read_info, read_sequences, target_counts
 from metrics import CUTOFFS, bootstrap, format_table, ranks_of_scores, table
 from rq.embeddings import pick_device
+from sequential import LOSSES, MODELS, SequentialModel, load_checkpoint
 
-MODELS = ("popularity", "markov", "sasrec")
+COUNTS = ("popularity", "markov")
+NAMES = (*COUNTS, *MODELS)
 INPUTS = ("train_file", "valid_file", "test_file", "info_file")
 ROWS_AT_ONCE = 1024  # rows scored at a time: scores are (rows, items)
 
@@ -60,43 +52,74 @@ class Options:
     valid_file: str = HfArg(help="CSV of stage 3: chooses the epoch")
     test_file: str = HfArg(help="CSV of stage 3: scored once")
     info_file: str = HfArg(help="the catalog: sid, title, item id a line")
-    output_dir: str = HfArg(help="folder that gets metrics.json, and from sasrec model.safetensors and config.json")
-    model: str = HfArg(default="sasrec", help="popularity, markov or sasrec")
-    seed: int = HfArg(default=42, help="of initial weights, batches, dropout and bootstrap")
+    output_dir: str = HfArg(help="folder that gets metrics.json, and from a trained model its checkpoint")
+    model: str = HfArg(default="sasrec", help=f"one of {', '.join(NAMES)}, in any case; GRU is gru4rec")
+    seed: int = HfArg(default=42, help="of initial weights, batches, dropout, negatives and bootstrap")
     max_history: int = HfArg(default=10, help="items of history a row keeps: the latest ones")
     device: str = HfArg(default="", help="cpu, cuda, cuda:1, ...; cuda if there is one when left out")
-    # sasrec: the architecture
-    hidden_size: int = HfArg(default=64, help="width of embeddings and blocks")
-    num_layers: int = HfArg(default=2, help="blocks")
-    num_heads: int = HfArg(default=2, help="attention heads; divide hidden_size")
-    dropout: float = HfArg(default=0.2, help="on embeddings, attention weights and both branches of a block")
-    # sasrec: training
-    loss_positions: str = HfArg(default="all", help="predict only the row's target (last) or every position (all)")
-    epochs: int = HfArg(default=9, help="epochs at most; valid is scored after each")
+    # the architecture
+    hidden_size: int = HfArg(default=64, aliases=["--hidden_factor"], help="width of embeddings and layers")
+    dropout: float = HfArg(default=0.2, aliases=["--dropout_rate"], help="on embeddings and inside the model")
+    tie_embeddings: bool = HfArg(default=True, help="score by the input embeddings; False: by a table of their own")
+    popularity_bias: bool = HfArg(default=True, help="items' biases start at log popularity; False: at zero")
+    num_layers: int = HfArg(default=2, help="sasrec: blocks; gru4rec: layers")
+    num_heads: int = HfArg(default=2, help="sasrec: attention heads; divide hidden_size")
+    num_filters: int = HfArg(default=16, help="caser: horizontal filters of each height")
+    filter_sizes: str = HfArg(default="2,3,4", help="caser: heights of horizontal filters, items; max_history at most")
+    num_vertical: int = HfArg(default=4, help="caser: vertical filters")
+    # training
+    loss: str = HfArg(default="ce", aliases=["--loss_type"], help="ce (over the catalog) or bce (sampled negatives)")
+    negatives: int = HfArg(default=1, help="bce: items drawn for each position")
+    loss_positions: str = HfArg(default="last", help="predict only the row's target (last) or every position (all)")
+    epochs: int = HfArg(default=9, aliases=["--epoch"], help="epochs at most; valid is scored after each")
     sample: int = HfArg(default=10_000, help="train rows drawn for an epoch (windows of a user overlap); -1: all")
     batch_size: int = HfArg(default=64, help="train rows a step")
-    learning_rate: float = HfArg(default=1e-3, help="peak; falls linearly to zero over the epochs")
+    learning_rate: float = HfArg(default=1e-3, aliases=["--lr"], help="peak; falls linearly to zero over the epochs")
     weight_decay: float = HfArg(default=0.01, help="AdamW's, on matrices")
     early_stop: int = HfArg(default=5, help="epochs without a better valid NDCG@10 before training ends; 0: never")
+
+    def __post_init__(self):
+        self.model = {"gru": "gru4rec"}.get(self.model.lower(), self.model.lower())
+
+
+def filter_heights(text: str) -> list[int]:
+    """`"2,3,4"` or `"[2, 3, 4]"` -> `[2, 3, 4]`; empty if it is neither."""
+    parts = text.strip().removeprefix("[").removesuffix("]").split(",")
+    return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else []
+
+
+OWN_FLAGS = {"num_heads": ("sasrec",), "num_layers": ("sasrec", "gru4rec")}
+OWN_FLAGS |= dict.fromkeys(("num_filters", "filter_sizes", "num_vertical"), ("caser",))
 
 
 def check(options: Options) -> None:
     """Refuse, before anything is read, what no data could make right; raises `UserError`."""
     o = options
-    if o.model in ("gru4rec", "caser"):
-        raise not_built("model", o.model, f"use one of {', '.join(MODELS)}")
-    heads = max(o.num_heads, 1)
+    heads, heights = max(o.num_heads, 1), filter_heights(o.filter_sizes)
     multiples = [n for n in (o.hidden_size // heads * heads, (o.hidden_size // heads + 1) * heads) if n > 0]
-    rules = [("model", o.model in MODELS, f"one of {', '.join(MODELS)}")]
+    rules = [("model", o.model in NAMES, f"one of {', '.join(NAMES)}")]
+    rules += [("loss", o.loss in LOSSES, " or ".join(LOSSES))]
     rules += [("loss_positions", o.loss_positions in ("last", "all"), "last or all")]
-    sizes = ("max_history", "hidden_size", "num_layers", "num_heads", "epochs", "batch_size")
-    rules += [(flag, getattr(o, flag) >= 1, "1 or more") for flag in sizes]
+    sizes = ("max_history", "hidden_size", "num_layers", "num_heads", "num_filters", "num_vertical", "negatives")
+    rules += [(flag, getattr(o, flag) >= 1, "1 or more") for flag in (*sizes, "epochs", "batch_size")]
     rules += [(flag, 0 <= getattr(o, flag) < 2**32, "0 or more") for flag in ("weight_decay", "early_stop", "seed")]
     rules += [("sample", o.sample >= 1 or o.sample == -1, "1 or more, or -1 for all")]
     rules += [("learning_rate", 0 < o.learning_rate < math.inf, "more than 0")]
     rules += [("dropout", 0 <= o.dropout < 1, "at least 0 and less than 1")]
-    rules += [("hidden_size", o.hidden_size % heads == 0, f"a multiple of --num_heads {heads}, such as {multiples}")]
+    if o.model == "sasrec":
+        rules += [
+            ("hidden_size", o.hidden_size % heads == 0, f"a multiple of --num_heads {heads}, such as {multiples}")
+        ]
+    if o.model == "caser":
+        fits = bool(heights) and 1 <= min(heights) and max(heights) <= o.max_history
+        rules += [("filter_sizes", fits, f"heights like 2,3,4, each from 1 to --max_history {o.max_history}")]
     rules += [("output_dir", not Path(o.output_dir).is_file(), "a folder, and a file stands there")]
+    if o.model in MODELS:  # a flag that would be ignored; run.sh gives the counts every model's variables
+        own = OWN_FLAGS | {"negatives": tuple(MODELS) if o.loss == "bce" else ()}
+        defaults = {name: field.default for name, field in Options.__dataclass_fields__.items()}
+        unused = {flag for flag, models in own.items() if o.model not in models}
+        what = f"nothing: {o.model} with --loss {o.loss} does not use it"
+        rules += [(flag, getattr(o, flag) == defaults[flag], what) for flag in sorted(unused)]
     for flag, kept, expected in rules:
         if not kept:
             raise UserError(f"--{flag} {getattr(o, flag)}: expected {expected}")
@@ -124,121 +147,36 @@ def markov(train: pl.DataFrame, n_items: int) -> Scorer:
     return lambda histories: transitions[last_items(histories)].toarray() * (len(train) + 1) + counts
 
 
-# ------------------------------------------------------------------------------------------------ SASRec
+# ------------------------------------------------------------------------------------------------ training
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)), for the last `keep` positions."""
+class Fit(NamedTuple):
+    """A trained model with the weights of its best epoch."""
 
-    def __init__(self, *, hidden_size: int, num_heads: int, dropout: float):
-        super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
-        self.attention_norm, self.feed_norm = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
-        self.query, self.key_value = nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, 2 * hidden_size)
-        self.output = nn.Linear(hidden_size, hidden_size)
-        self.feed = nn.Sequential(
-            nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden_size, hidden_size)
-        )
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
-        """x: (rows, length, hidden); mask: (rows, 1, length, length), True where seen -> (rows, keep, hidden)."""
-        normed, x = self.attention_norm(x), x[:, -keep:]
-        query = self.query(normed[:, -keep:])
-        key, value = self.key_value(normed).chunk(2, dim=-1)
-        query, key, value = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
-        dropout = self.dropout if self.training else 0.0
-        seen = F.scaled_dot_product_attention(query, key, value, mask[:, :, -keep:], dropout)
-        x = x + F.dropout(self.output(seen.transpose(1, 2).flatten(-2)), dropout)
-        return x + F.dropout(self.feed(self.feed_norm(x)), dropout)
+    model: SequentialModel
+    ndcg: float  # valid NDCG@10 by item
+    epoch: int  # counted from 1
 
 
-class SASRec(nn.Module):
-    """A causal transformer over item ids; an item's score is its embedding times the last hidden state."""
-
-    def __init__(
-        self, *, n_items: int, max_history: int, hidden_size: int, num_layers: int, num_heads: int, dropout: float
-    ):
-        super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.n_items, self.max_history, self.dropout = n_items, max_history, dropout
-        self.items = nn.Embedding(n_items + 1, hidden_size, padding_idx=n_items)
-        self.positions = nn.Embedding(max_history, hidden_size)  # the last row is the latest item's
-        sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "dropout": dropout}
-        self.blocks = nn.ModuleList(Block(**sizes) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(hidden_size)
-        for embedding in (self.items, self.positions):
-            nn.init.normal_(embedding.weight, std=0.02)
-        nn.init.zeros_(self.items.weight[n_items].detach())
-
-    def pad(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
-        """(rows, max_history): the latest items, padded on the left with `n_items`; `ValueError` for an unknown id."""
-        recent = [history[-self.max_history :] for history in histories]
-        lengths = np.array([len(history) for history in recent])
-        flat = np.fromiter(chain.from_iterable(recent), dtype=np.int64, count=int(lengths.sum()))
-        if len(flat) and not 0 <= flat.min() <= flat.max() < self.n_items:
-            bad = flat[(flat < 0) | (flat >= self.n_items)][0]
-            raise ValueError(f"item {bad} is not in the catalog of 0..{self.n_items - 1} that SASRec was trained on")
-        padded = np.full((len(recent), self.max_history), self.n_items)
-        padded[np.arange(self.max_history) >= self.max_history - lengths[:, None]] = flat
-        return torch.from_numpy(padded).to(self.items.weight.device)
-
-    def forward(self, histories: torch.Tensor, keep: int = 1) -> torch.Tensor:
-        """Hidden states of the last `keep` positions; histories: (rows, length) as of `pad` -> (rows, keep, hidden)."""
-        length = histories.shape[1]
-        x = self.items(histories) * math.sqrt(self.items.embedding_dim) + self.positions.weight[-length:]
-        x = F.dropout(x, self.dropout, self.training)  # (rows, length, hidden)
-        causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        own = torch.eye(length, dtype=torch.bool, device=x.device)  # padding sees itself: a softmax needs something
-        mask = ((histories != self.n_items)[:, None, None] & causal) | own  # (rows, 1, length, length)
-        for block in self.blocks[:-1]:
-            x = block(x, mask, length)
-        return self.norm(self.blocks[-1](x, mask, keep))
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., hidden) -> (..., items)."""
-        return hidden @ self.items.weight[: self.n_items].T
-
-    @torch.no_grad()
-    def scores(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Score of every item after each history (item ids, oldest first), without dropout: (rows, items)."""
-        self.eval()
-        return self.logits(self(self.pad(histories))[:, 0])
-
-    def loss(self, histories: torch.Tensor, targets: torch.Tensor, every_position: bool) -> torch.Tensor:
-        """Mean cross-entropy, nats; histories: (rows, length) as of `pad`; targets: (rows,)."""
-        if not every_position:
-            return F.cross_entropy(self.logits(self(histories)[:, 0]), targets)
-        following = torch.cat([histories[:, 1:], targets[:, None]], dim=1)
-        real = histories != self.n_items
-        return F.cross_entropy(self.logits(self(histories, histories.shape[1])[real]), following[real])
-
-    def save(self, folder: str | Path) -> None:
-        """Write `model.safetensors` and `config.json`, each atomically."""
-        with atomic_file(Path(folder) / "model.safetensors", "wb") as f:
-            f.write(to_safetensors({name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}))
-        write_json(Path(folder) / "config.json", {"model_type": "sasrec"} | self.config)
-
-    @classmethod
-    def load(cls, folder: str | Path, flag: str = "cf_path") -> "SASRec":
-        """The model that `save` wrote, ready to score; raises `UserError` if the folder holds anything else."""
-        weights = require_file(require_file(folder, flag) / "model.safetensors", flag)
-        config = read_json(Path(folder) / "config.json", flag)
-        try:
-            if config.pop("model_type", None) != "sasrec":
-                raise ValueError("config.json is no SASRec's")
-            model = cls(**config)
-            model.load_state_dict(load_file(weights))
-        except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder}: not a SASRec that sasrec.py saved ({error}); check --{flag}") from None
-        return model.eval()
-
-
-def sasrec(train: pl.DataFrame, valid: pl.DataFrame, catalog: Catalog, options: Options) -> Scorer:
-    """Train, keep the epoch with the best valid NDCG@10, save it, and return its scores."""
+def build(options: Options, n_items: int) -> SequentialModel:
+    """The untrained model of `options`; weights depend on the seed alone."""
     torch.manual_seed(options.seed)
+    kind = MODELS[options.model]
+    values = asdict(options) | {"filter_sizes": filter_heights(options.filter_sizes)}
+    common = ("max_history", "hidden_size", "dropout", "tie_embeddings")
+    return kind(n_items=n_items, **{name: values[name] for name in (*common, *kind.sizes)})
+
+
+def fit(options: Options, train: pl.DataFrame, valid: pl.DataFrame, catalog: Catalog) -> Fit:
+    """Train the model of `options` and keep the epoch with the best valid NDCG@10; test has no part in it."""
+    negatives = options.negatives if options.loss == "bce" else 0
+    if negatives and catalog.n_items <= options.max_history + 1:
+        raise UserError(f"--loss bce: {catalog.n_items} items may all stand in a row, so none is negative; use ce")
     device = pick_device(options.device)
-    sizes = {k: getattr(options, k) for k in ("max_history", "hidden_size", "num_layers", "num_heads", "dropout")}
-    model = SASRec(n_items=catalog.n_items, **sizes).to(device)
+    model = build(options, catalog.n_items)
+    if options.popularity_bias:
+        model.start_from_popularity(target_counts(train, catalog.n_items))
+    model.to(device)
     histories, targets = model.pad(train["history"].to_list()), train["target"].to_torch().to(device)
     parameters = list(model.parameters())
     matrices = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay}]
@@ -249,9 +187,6 @@ def sasrec(train: pl.DataFrame, valid: pl.DataFrame, catalog: Catalog, options: 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (options.epochs * steps))
     print(f"{sum(p.numel() for p in parameters):,} parameters, {steps} steps an epoch, on {device}")
 
-    def score(histories: Sequence[Sequence[int]]) -> np.ndarray:
-        return model.scores(histories).cpu().numpy()
-
     best, best_epoch, best_state = -1.0, 0, {}
     for epoch in range(1, options.epochs + 1):
         model.train()
@@ -260,7 +195,9 @@ def sasrec(train: pl.DataFrame, valid: pl.DataFrame, catalog: Catalog, options: 
         for rows in tqdm(
             order.split(options.batch_size), f"epoch {epoch}/{options.epochs}", leave=False, mininterval=1
         ):
-            loss = model.loss(histories[rows], targets[rows], options.loss_positions == "all")
+            loss = model.loss(
+                histories[rows], targets[rows], every_position=options.loss_positions == "all", negatives=negatives
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -268,15 +205,18 @@ def sasrec(train: pl.DataFrame, valid: pl.DataFrame, catalog: Catalog, options: 
             total += loss.detach()
         if not torch.isfinite(total):
             raise UserError(f"the loss of epoch {epoch} is {total.item()}; lower --learning_rate")
-        ndcg = table(item_and_sid_ranks(score, valid, catalog)[0])["NDCG@10"]
+        ndcg = table(item_and_sid_ranks(scorer(model), valid, catalog)[0])["NDCG@10"]
         if ndcg > best:
             best, best_epoch, best_state = ndcg, epoch, {k: t.clone() for k, t in model.state_dict().items()}
         print(f"epoch {epoch}: loss {total.item() / steps:.4f}, valid NDCG@10 {ndcg:.4f} (best {best:.4f})", flush=True)
         if options.early_stop and epoch - best_epoch >= options.early_stop:
             break
     model.load_state_dict(best_state)
-    model.save(options.output_dir)
-    return score
+    return Fit(model, best, best_epoch)
+
+
+def scorer(model: SequentialModel) -> Scorer:
+    return lambda histories: model.scores(histories).cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------ ranks, main
@@ -323,8 +263,11 @@ def main(options: Options) -> None:
     sids = read_info(options.info_file).sids
     train, valid, test = (read_sequences(files[flag], sids, flag, options.max_history) for flag in INPUTS[:3])
     catalog = Catalog(sids, target_counts(train, len(sids)))
-    if options.model == "sasrec":
-        score = sasrec(train, valid, catalog, options)
+    if options.model in MODELS:
+        trained = fit(options, train, valid, catalog)
+        trained.model.save(options.output_dir)
+        model = load_checkpoint(options.output_dir, "output_dir", catalog.n_items)  # what is scored is what was saved
+        score = scorer(model.to(pick_device(options.device)))
     else:
         score = {"popularity": popularity, "markov": markov}[options.model](train, len(sids))
 

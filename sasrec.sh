@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Baselines on the CSVs of stage 3: MODEL=popularity, markov or sasrec. Edit the variables here or set them in the environment.
+# Baselines on the CSVs of stage 3: MODEL=popularity, markov, sasrec, gru4rec or caser. Edit the variables here or
+# set them in the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source launch.sh
@@ -14,10 +15,17 @@ SEED=${SEED:-42}
 MAX_HISTORY=${MAX_HISTORY:-10}
 DEVICE=${DEVICE:-}
 HIDDEN_SIZE=${HIDDEN_SIZE:-64}
-NUM_LAYERS=${NUM_LAYERS:-2}
-NUM_HEADS=${NUM_HEADS:-2}
 DROPOUT=${DROPOUT:-0.2}
-LOSS_POSITIONS=${LOSS_POSITIONS:-all}
+TIE_EMBEDDINGS=${TIE_EMBEDDINGS:-True}
+POPULARITY_BIAS=${POPULARITY_BIAS:-True}
+NUM_LAYERS=${NUM_LAYERS:-2}                # sasrec, gru4rec
+NUM_HEADS=${NUM_HEADS:-2}                  # sasrec
+NUM_FILTERS=${NUM_FILTERS:-16}             # caser, and the next two
+FILTER_SIZES=${FILTER_SIZES:-2,3,4}
+NUM_VERTICAL=${NUM_VERTICAL:-4}
+LOSS=${LOSS:-ce}
+NEGATIVES=${NEGATIVES:-1}                  # with LOSS=bce
+LOSS_POSITIONS=${LOSS_POSITIONS:-last}
 EPOCHS=${EPOCHS:-9}
 SAMPLE=${SAMPLE:-10000}
 BATCH_SIZE=${BATCH_SIZE:-64}
@@ -29,9 +37,9 @@ usage() {
     cat <<'TEXT'
 usage: TRAIN_FILE=<csv> VALID_FILE=<csv> TEST_FILE=<csv> INFO_FILE=<txt> [VARIABLE=value ...] bash sasrec.sh
 
-Trains and scores one baseline; writes metrics.json (and sasrec's model) into OUTPUT_DIR, by default output/$MODEL.
-MODEL is popularity, markov or sasrec. Paths are taken from the project's root. Every variable at the top of this file
-can be set in the environment; `python sasrec.py --help` says what each means.
+Trains and scores one baseline; writes metrics.json (and a trained model's checkpoint) into OUTPUT_DIR, by default
+output/$MODEL. MODEL is popularity, markov, sasrec, gru4rec or caser. Paths are taken from the project's root. Every
+variable at the top of this file can be set in the environment; `python sasrec.py --help` says what each means.
 TEXT
 }
 
@@ -48,9 +56,16 @@ exec python sasrec.py \
     --max_history "$MAX_HISTORY" \
     --device "$DEVICE" \
     --hidden_size "$HIDDEN_SIZE" \
+    --dropout "$DROPOUT" \
+    --tie_embeddings "$TIE_EMBEDDINGS" \
+    --popularity_bias "$POPULARITY_BIAS" \
     --num_layers "$NUM_LAYERS" \
     --num_heads "$NUM_HEADS" \
-    --dropout "$DROPOUT" \
+    --num_filters "$NUM_FILTERS" \
+    --filter_sizes "$FILTER_SIZES" \
+    --num_vertical "$NUM_VERTICAL" \
+    --loss "$LOSS" \
+    --negatives "$NEGATIVES" \
     --loss_positions "$LOSS_POSITIONS" \
     --epochs "$EPOCHS" \
     --sample "$SAMPLE" \

@@ -3,42 +3,44 @@
     torchrun --nproc_per_node 1 sft.py --base_model base --train_file train.csv --eval_file valid.csv \
         --sid_index_path D.index.json --item_meta_path D.item.json --output_dir output/sft
 
-The tokenizer gains the level tokens of the codebook, the model learns the tasks of --sft_tasks with the loss on the
-answers alone, and the weights with the least loss on the next-SID task of --eval_file are saved. Logits are computed
-for the answers' positions only: rows are padded on the left, so every answer ends its row.
+The tokenizer gains the level tokens of the codebook, and the model learns the tasks of --sft_tasks with the loss on the
+answers alone: hidden states are gathered at the answers' positions before the LM head, so logits of prompts and padding
+are never made. What is trained is everything, LoRA adapters and the new tokens (--use_lora), or the new tokens alone
+(--freeze_LLM). The weights with the best --metric_for_best_model on the next-SID task of --eval_file are saved, merged.
 
 A killed run goes on from its last checkpoint when the same command is given again.
 """
 
+import importlib.util
 import os
+import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    EarlyStoppingCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import speed_metrics
 
 import checkpoint
-from catalog import codebook_tokens, read_index
-from cli import HfArg, UserError, begin, finish, not_built, require_file, run
+import preflight
+from catalog import Catalog, codebook_tokens, read_index
+from cli import HfArg, UserError, begin, finish, require_file, run
 from data import (
     DEFAULT_TASKS,
     DEFAULT_TEMPLATE,
     Items,
-    Pair,
     Prompts,
+    next_sid_prompts,
     parse_tasks,
+    read_preferences,
     read_sequences,
     read_titles,
     sft_pairs,
+    target_counts,
 )
+from tokens import IGNORED, Collator, EpochOrder, Lines, tokenize_cached
+from validation import Validation
 
 
 @dataclass
@@ -49,19 +51,32 @@ class Options:
     eval_file: str = HfArg(default="", help="valid CSV")
     sid_index_path: str = HfArg(default="", help="<D>.index.json")
     item_meta_path: str = HfArg(default="", help="<D>.item.json")
+    user_preference_file: str = HfArg(default="", help='{"user id": "what they like", …}: for the preference tasks')
     output_dir: str = HfArg(default="", help="folder for the checkpoint")
     category: str = HfArg(default="", help="what the prompts call the items, e.g. Video_Games")
     prompt_template: str = HfArg(default=str(DEFAULT_TEMPLATE), help="wording of the prompts")
     sft_tasks: str = HfArg(default=DEFAULT_TASKS, help="tasks and weights: sid_seq:1.0,title2sid:0.5,…")
     max_history: int = HfArg(default=10, help="items of history in a prompt")
     sample: int = HfArg(default=-1, help="use this many rows of --train_file, drawn by seed; -1 for all")
+    cache_dir: str = HfArg(default="output/cache", help="where tokenised rows are kept; empty: nowhere")
+    # what is trained
     sid_tokens: str = HfArg(
         default="codebook", help="codebook: all K codes of each level become tokens; used: only those in use"
     )
+    sid_init: str = HfArg(
+        default="mean", help="new rows start from mean (and covariance) of the old ones, or from their items' text"
+    )
+    train_from_scratch: bool = HfArg(default=False, help="new weights from the config of --base_model")
+    freeze_LLM: bool = HfArg(default=False, help="train the new tokens' embeddings alone")
+    use_lora: bool = HfArg(default=False, help="train LoRA adapters and the new tokens' embeddings")
+    lora_r: int = HfArg(default=16, help="rank of the adapters")
+    lora_alpha: float = HfArg(default=32, help="adapters are scaled by lora_alpha / lora_r")
+    lora_dropout: float = HfArg(default=0.05, help="dropout before the adapters")
+    lora_target_modules: str = HfArg(default="all-linear", help="all-linear, or module names: q_proj,v_proj")
     # training
     seed: int = HfArg(default=42, help="seed")
-    batch_size: int = HfArg(default=128, help="rows of one optimizer step, over all processes")
-    micro_batch_size: int = HfArg(default=4, help="rows of one forward on one process")
+    batch_size: int = HfArg(default=128, help="lines of one optimizer step, over all processes")
+    micro_batch_size: int = HfArg(default=4, help="lines of one forward on one process")
     num_epochs: float = HfArg(default=10, help="passes over the rows")
     learning_rate: float = HfArg(default=3e-4, help="peak learning rate")
     lr_scheduler_type: str = HfArg(
@@ -69,26 +84,40 @@ class Options:
     )
     warmup_ratio: float = HfArg(default=0.05, help="share of the steps that warm up")
     weight_decay: float = HfArg(default=0.01, help="AdamW weight decay")
-    cutoff_len: int = HfArg(default=512, help="tokens of a row; a longer prompt loses its beginning")
-    group_by_length: bool = HfArg(default=False, help="batch rows of about equal length")
-    eval_step: float = HfArg(default=0.1, help="evaluate and save every so many steps; below 1: share of all steps")
-    early_stopping_patience: int = HfArg(
-        default=3, help="stop after this many evaluations without a lower loss; 0: never"
+    cutoff_len: int = HfArg(default=512, help="tokens of a line; a longer prompt loses its beginning")
+    group_by_length: bool = HfArg(default=True, help="batch lines of about equal length")
+    packing: bool = HfArg(
+        default=False, help="a line holds as many rows as --cutoff_len has room for, unseen by others"
     )
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
-    freeze_LLM: bool = HfArg(default=False, help="train the new tokens' embeddings alone")
-    train_from_scratch: bool = HfArg(default=False, help="new weights from the config of --base_model")
     resume_from_checkpoint: str = HfArg(default="", help="a checkpoint-N folder; default: where this run was killed")
-    # logging
+    # evaluation and logging
+    eval_step: float = HfArg(default=0.1, help="evaluate and save every so many steps; below 1: share of all steps")
+    early_stopping_patience: int = HfArg(
+        default=3, help="stop after this many evaluations without a better one; 0: never"
+    )
+    metric_for_best_model: str = HfArg(default="eval_loss", help="eval_loss, or HR@K or NDCG@K by constrained beams")
+    eval_rows: int = HfArg(default=1000, help="rows of --eval_file, drawn by seed, for HR and NDCG; -1 for all")
+    eval_beams: int = HfArg(default=20, help="beams for HR and NDCG")
+    report_to: str = HfArg(default="none", help="none, wandb or tensorboard")
     wandb_project: str = HfArg(default="", help="log to this Weights & Biases project")
     wandb_run_name: str = HfArg(default="", help="its run name")
 
     def check(self) -> None:
         """Refuse what cannot work before anything is loaded."""
-        if self.freeze_LLM:
-            raise not_built("freeze_LLM", True, "train all weights with --freeze_LLM False")
-        if self.sid_tokens not in ("codebook", "used"):
-            raise UserError(f"--sid_tokens {self.sid_tokens}: expected codebook or used")
+        if self.freeze_LLM and self.use_lora:
+            raise UserError("--freeze_LLM True and --use_lora True exclude each other; choose one")
+        if self.freeze_LLM and self.train_from_scratch:
+            raise UserError(
+                "--freeze_LLM True would freeze the random weights of --train_from_scratch True; choose one"
+            )
+        choices = {"sid_tokens": ("codebook", "used"), "sid_init": ("mean", "text")}
+        choices["report_to"] = ("none", "wandb", "tensorboard")
+        for flag, allowed in choices.items():
+            if getattr(self, flag) not in allowed:
+                raise UserError(f"--{flag} {getattr(self, flag)}: expected {' or '.join(allowed)}")
+        if self.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+            raise UserError("--report_to tensorboard: tensorboard is not installed; pip install tensorboard")
         if not self.output_dir:
             raise UserError("--output_dir is required")
         for flag in ("train_file", "eval_file", "sid_index_path", "item_meta_path"):
@@ -100,8 +129,8 @@ class Options:
     def accumulation_steps(self) -> int:
         world = int(os.environ.get("WORLD_SIZE", 1))
         unit = self.micro_batch_size * world
-        if self.batch_size < 1 or self.batch_size % unit:
-            below = self.batch_size // unit * unit
+        if self.batch_size < 1 or self.micro_batch_size < 1 or self.batch_size % unit:
+            below = self.batch_size // max(unit, 1) * unit
             nearest = " or ".join(str(b) for b in (below, below + unit) if b > 0)
             raise UserError(
                 f"--batch_size {self.batch_size} is not divisible by --micro_batch_size {self.micro_batch_size} x "
@@ -110,77 +139,86 @@ class Options:
         return self.batch_size // unit
 
 
-# ------------------------------------------------------------------------------------------------ rows
+# ------------------------------------------------------------------------------------------------ the trainer
 
 
-def tokenize(pairs: list[Pair], tokenizer, suffix: str, cutoff_len: int) -> list[dict]:
-    """Rows `{"input_ids", "answer_length"}`: prompt, answer, suffix, end of sequence; at most `cutoff_len` tokens."""
-    prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
-    answers = tokenizer([answer + suffix for _, answer in pairs], add_special_tokens=False)["input_ids"]
-    rows, trimmed = [], 0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        answer = answer + [tokenizer.eos_token_id]
-        room = cutoff_len - len(answer)
-        if room < 1:
-            raise UserError(
-                f"--cutoff_len {cutoff_len} leaves no room beside an answer of {len(answer)} tokens; raise it"
-            )
-        trimmed += len(prompt) > room
-        rows.append({"input_ids": prompt[-room:] + answer, "answer_length": len(answer)})
-    if trimmed:
-        print(f"{trimmed} of {len(rows)} prompts lose their beginning to --cutoff_len {cutoff_len}")
-    return rows
+class AnswerLogits:
+    """Lets the LM head see the positions alone that predict a token of an answer: (answer tokens, vocabulary) logits.
+
+    A hook on the head, so that whatever wraps the model (DDP, DeepSpeed, PEFT) and whatever the model does to its
+    logits stays as it is. Outside `of`, the model is as before.
+    """
+
+    def __init__(self, model):
+        self.keep: torch.Tensor | None = None  # (lines, length), True where the next token is an answer's
+        model.get_output_embeddings().register_forward_pre_hook(self._gather)
+
+    def _gather(self, head, arguments):
+        return arguments if self.keep is None else (arguments[0][self.keep],)
+
+    def of(self, labels: torch.Tensor, forward):
+        """`forward()` with logits at the positions that predict a token of `labels` (lines, length) alone."""
+        self.keep = torch.zeros_like(labels, dtype=torch.bool)
+        self.keep[:, :-1] = labels[:, 1:] != IGNORED
+        try:
+            return forward()
+        finally:
+            self.keep = None
 
 
-class Collator:
-    """Left-padded batches whose logits are kept for the longest answer's positions alone."""
-
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, rows: list[dict]) -> dict:
-        length = max(len(row["input_ids"]) for row in rows)
-        kept = max(row["answer_length"] for row in rows) + 1  # the position before an answer predicts its first token
-        ids = torch.full((len(rows), length), self.pad_token_id)
-        labels = torch.full((len(rows), kept), -100)
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        for i, row in enumerate(rows):
-            tokens = torch.tensor(row["input_ids"])
-            ids[i, length - len(tokens) :] = tokens
-            labels[i, kept - row["answer_length"] :] = tokens[-row["answer_length"] :]
-        position = torch.arange(length) - (length - lengths)[:, None]
-        return {
-            "input_ids": ids,
-            "attention_mask": (position >= 0).long(),
-            "position_ids": position.clamp(min=0),
-            "labels": labels,
-            "logits_to_keep": kept,
-        }
+def answer_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """Cross-entropy in nats over the answers' tokens: their sum over `num_items_in_batch`, or their mean."""
+    wanted = labels[:, 1:][labels[:, 1:] != IGNORED]
+    total = torch.nn.functional.cross_entropy(outputs.logits.float(), wanted, reduction="sum")
+    return total / (max(len(wanted), 1) if num_items_in_batch is None else num_items_in_batch)
 
 
 class SFTTrainer(Trainer):
-    """`transformers.Trainer` whose length groups are those of the global batch, on any number of processes."""
+    """`transformers.Trainer` with logits for answers alone, one order on any number of processes, exact evaluation."""
+
+    def __init__(self, *args, order: EpochOrder, validation: Validation | None = None, **kwargs):
+        super().__init__(*args, compute_loss_func=answer_loss, **kwargs)
+        self.order, self.validation = order, validation
+        self.answer_logits = AnswerLogits(self.model)
+        self.model_accepts_loss_kwargs = False  # the loss is made here; the model is told nothing of it
 
     def _get_train_sampler(self, train_dataset=None):
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        global_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(global_batch, lengths=[len(row["input_ids"]) for row in self.train_dataset])
+        return self.order
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        usual = super().compute_loss
+        return self.answer_logits.of(inputs["labels"], lambda: usual(model, inputs, *args, **kwargs))
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """The loss in nats a token over all rows of the evaluation set; HR and NDCG too where `validation` is given."""
+        started, lines, accelerator = time.time(), self.eval_dataset, self.accelerator
+        size, world = self.args.per_device_eval_batch_size, accelerator.num_processes
+        order = np.array(EpochOrder(lines.lengths, size * world, seed=0, by_length=True).order())
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # nats, tokens
+        self.model.eval()
+        for rows in order.reshape(-1, world, size)[:, accelerator.process_index].tolist():
+            batch = self._prepare_inputs(self.data_collator([lines[row] for row in rows]))
+            labels = batch.pop("labels")
+            outputs = self.answer_logits.of(labels, lambda batch=batch: self.model(**batch, use_cache=False))
+            sums += torch.stack([answer_loss(outputs, labels, 1).double(), (labels != IGNORED).sum()])
+        self.model.train()
+        nats, tokens = accelerator.reduce(sums).tolist()
+        result = {"loss": nats / tokens} | (self.validation.measure(self) if self.validation else {})
+        result = {f"{metric_key_prefix}_{name}": value for name, value in result.items()}
+        result |= speed_metrics(metric_key_prefix, started, num_samples=len(lines))
+        self.log(result)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
+        return result
 
 
 # ------------------------------------------------------------------------------------------------ the stage
 
 
-def load_model(options: Options):
-    if options.train_from_scratch:
-        config = AutoConfig.from_pretrained(options.base_model)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return checkpoint.load_model(options.base_model, "base_model")
-
-
 def training_arguments(options: Options) -> TrainingArguments:
     if options.wandb_project:
         os.environ["WANDB_PROJECT"] = options.wandb_project
+    metric = options.metric_for_best_model
     return TrainingArguments(
         output_dir=options.output_dir,
         seed=options.seed,
@@ -193,83 +231,130 @@ def training_arguments(options: Options) -> TrainingArguments:
         lr_scheduler_type=options.lr_scheduler_type,
         warmup_steps=options.warmup_ratio,  # below 1: a share of all steps
         weight_decay=options.weight_decay,
-        bf16=checkpoint.device_has_bf16(),
+        bf16=checkpoint.wants_bf16(),
         gradient_checkpointing=options.gradient_checkpointing,
-        train_sampling_strategy="group_by_length" if options.group_by_length else "random",
         eval_strategy="steps",
         eval_steps=options.eval_step,
         save_steps=options.eval_step,
         logging_steps=min(options.eval_step, 0.02),
         save_total_limit=1,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
+        metric_for_best_model=metric if metric.startswith("eval_") else f"eval_{metric}",
+        greater_is_better=not metric.endswith("loss"),
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=["wandb"] if options.wandb_project else [],
+        report_to=["wandb"] if options.wandb_project else [options.report_to],
         run_name=options.wandb_run_name or None,
     )
 
 
-def main(options: Options) -> None:
-    options.check()
-    tasks = parse_tasks(options.sft_tasks)
-    args = training_arguments(options)
-    [state] = broadcast_object_list([begin(options.output_dir, options) if args.process_index == 0 else None])
-    if state == "complete":
-        return
-    if state == "fresh" and args.process_index == 0:
-        checkpoint.remove_checkpoints(options.output_dir)
-    set_seed(options.seed)
-
-    # data
+def read_data(options: Options):
+    """(items, train rows, validation rows), checked against each other."""
     sids = read_index(options.sid_index_path)
     items = Items(sids, read_titles(options.item_meta_path))
     if len(items.titles) != len(sids):
         raise UserError(
             f"{options.item_meta_path}: found {len(items.titles)} items, expected the {len(sids)} of {options.sid_index_path}"
         )
-    prompts = Prompts(options.prompt_template, options.category)
     train = read_sequences(options.train_file, sids, "train_file", options.max_history)
     valid = read_sequences(options.eval_file, sids, "eval_file", options.max_history)
     if 0 <= options.sample < len(train):
         train = train.sample(options.sample, seed=options.seed)
+    if options.user_preference_file:
+        train = train.join(read_preferences(options.user_preference_file), on="user", how="left", maintain_order="left")
+    return items, train, valid
 
-    # model, with the codebook's tokens
+
+def build_model(options: Options, items: Items):
+    """(model, tokenizer, ids of the new tokens): the base model with the codebook's tokens, and what is to be trained."""
     tokenizer = checkpoint.load_tokenizer(options.base_model, "base_model")
-    model = load_model(options)
-    new = checkpoint.add_tokens(model, tokenizer, codebook_tokens(sids, used_only=options.sid_tokens == "used"))
+    load = checkpoint.new_model if options.train_from_scratch else checkpoint.load_model
+    model = load(options.base_model, "base_model")
+    tokens = codebook_tokens(items.sids, used_only=options.sid_tokens == "used")
+    new = checkpoint.add_tokens(model, tokenizer, tokens, items if options.sid_init == "text" else None)
     model.config.pad_token_id = tokenizer.pad_token_id
-
-    # rows
-    suffix = prompts.response_suffix
-    train_rows = tokenize(sft_pairs(tasks, train, items, prompts, options.seed), tokenizer, suffix, options.cutoff_len)
-    valid_rows = tokenize(sft_pairs({"sid_seq": 1}, valid, items, prompts, 0), tokenizer, suffix, options.cutoff_len)
-    if args.process_index == 0:
-        tokens = sum(len(row["input_ids"]) for row in train_rows)
-        steps = -(-len(train_rows) // options.batch_size)
-        print(
-            f"{model.num_parameters():,} parameters, {len(new)} new tokens; {len(train_rows):,} rows, {tokens:,} tokens, "
-            f"{steps:,} steps an epoch; {len(valid_rows):,} validation rows"
+    if options.freeze_LLM:
+        model = checkpoint.train_rows_alone(model, new, options.base_model)
+    elif options.use_lora:
+        model = checkpoint.add_lora(
+            model, new, options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target_modules
         )
+    return model, tokenizer, new
 
+
+def build_validation(options: Options, items: Items, train, valid, prompts: Prompts, tokenizer) -> Validation | None:
+    """What HR and NDCG are measured on, if --metric_for_best_model asks for them."""
+    name = options.metric_for_best_model.removeprefix("eval_")
+    if name == "loss":
+        return None
+    if 0 <= options.eval_rows < len(valid):
+        valid = valid.sample(options.eval_rows, seed=options.seed)
+    catalog = Catalog(items.sids, target_counts(train, len(items.sids)))
+    texts = next_sid_prompts(valid, items, prompts)
+    validation = Validation(texts, valid["target"].to_list(), catalog, catalog.trie(tokenizer), options.eval_beams)
+    known = [f"{metric}@{k}" for metric in ("HR", "NDCG") for k in validation.cutoffs]
+    if name not in known:
+        raise UserError(
+            f"--metric_for_best_model {name}: expected eval_loss or, with {options.eval_beams} beams, {known}"
+        )
+    return validation
+
+
+def main(options: Options) -> None:
+    options.check()
+    tasks = parse_tasks(options.sft_tasks)
+    args = training_arguments(options)
+    main_process = args.process_index == 0
+    [state] = broadcast_object_list([begin(options.output_dir, options) if main_process else None])
+    if state == "complete":
+        return
+    if state == "fresh" and main_process:
+        checkpoint.remove_checkpoints(options.output_dir)
+    set_seed(options.seed)
+
+    # data and model
+    items, train, valid = read_data(options)
+    prompts = Prompts(options.prompt_template, options.category)
+    model, tokenizer, new = build_model(options, items)
+    validation = build_validation(options, items, train, valid, prompts, tokenizer)
+
+    # rows, lines, order
+    def lines(weights: dict[str, float], sequences, capacity: int = 0) -> Lines:
+        pairs = sft_pairs(weights, sequences, items, prompts, options.seed)
+        with args.main_process_first(desc="tokenising"):
+            rows = tokenize_cached(
+                pairs, tokenizer, prompts.response_suffix, prompts.title_separator, options.cache_dir
+            )
+        return Lines(rows.trimmed(options.cutoff_len), capacity)
+
+    train_lines = lines(tasks, train, options.cutoff_len if options.packing else 0)
+    valid_lines = lines({"sid_seq": 1}, valid)
+    order = EpochOrder(train_lines.lengths, options.batch_size, options.seed, options.group_by_length)
+    preflight.check_and_print(model, new, train_lines, order, args)
+
+    # training
     patience = options.early_stopping_patience
     trainer = SFTTrainer(
         model=model,
         args=args,
-        train_dataset=train_rows,
-        eval_dataset=valid_rows,
-        data_collator=Collator(tokenizer.pad_token_id),
+        train_dataset=train_lines,
+        eval_dataset=valid_lines,
+        data_collator=Collator(tokenizer.pad_token_id, packed=options.packing),
+        processing_class=tokenizer,
+        order=order,
+        validation=validation,
         callbacks=[EarlyStoppingCallback(patience)] if patience > 0 else [],
     )
     resume = options.resume_from_checkpoint or (
         checkpoint.last_checkpoint(options.output_dir) if state == "resume" else None
     )
     trainer.train(resume_from_checkpoint=resume)
-    if args.process_index == 0:
+    if main_process:
         print(
-            f"least validation loss: {trainer.state.best_metric:.4f} nats a token, at {trainer.state.best_model_checkpoint}"
+            f"best {args.metric_for_best_model}: {trainer.state.best_metric:.4f}, {trainer.state.best_model_checkpoint}"
         )
-        checkpoint.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, prompts.path, options.output_dir)
+    checkpoint.save_trained(trainer, tokenizer, prompts.path, options.output_dir)
+    if main_process:
         checkpoint.remove_checkpoints(options.output_dir)
         finish(options.output_dir, options)
 

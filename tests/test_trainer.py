@@ -1,20 +1,26 @@
 """ReReTrainer: shared-prompt log-probabilities equal TRL's row-by-row ones, groups stay whole, targets stay put."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
+from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOConfig, GRPOTrainer
 
-from beam_search import left_pad
+from beam_search import beam_search, left_pad
+from catalog import Catalog, split_sid
 from data import Prompts, next_sid_prompts, read_sequences, rl_rows
-from minionerec_trainer import ReReTrainer, run_lengths_gcd
+from minionerec_trainer import ReReTrainer, keep_target_first, run_lengths_gcd
 from rewards import reward_functions, rule
 from tree_attention import branch_mask_and_positions, positions
 
+OURS = ("add_gt", "test_beam", "validation", "eval_beams", "logp_space", "beams", "dynamic_sampling", "mask_all_zero")
 
-def make_trainer(policy, world, folder, rewards=None, rows=None, **kwargs):
+
+def make_trainer(policy, world, folder, rewards=None, rows=None, trainer=ReReTrainer, **kwargs):
     items = policy.items
     sequences = read_sequences(world.train, items.sids, "train_file")
     columns = rows or rl_rows(sequences, items, Prompts(category="toys"))
@@ -36,8 +42,8 @@ def make_trainer(policy, world, folder, rewards=None, rows=None, **kwargs):
         disable_tqdm=True,
         logging_steps=1,
     )
-    extra = {name: kwargs.pop(name) for name in ("add_gt", "test_beam", "validation", "eval_beams") if name in kwargs}
-    return ReReTrainer(
+    extra = {name: kwargs.pop(name) for name in (*OURS, "peft_config") if name in kwargs}
+    return trainer(
         model=model,
         processing_class=policy.tokenizer,
         reward_funcs=rewards or reward_functions("ranking", 4),
@@ -54,37 +60,145 @@ def batch_of(policy, prompts, group, seed=0):
     ids, mask = left_pad(policy.tokenizer(prompts)["input_ids"], policy.tokenizer.pad_token_id, "cpu")
     ids, mask = ids.repeat_interleave(group, 0), mask.repeat_interleave(group, 0)
     picks = torch.randint(len(policy.catalog.sids), (len(ids),), generator=generator).tolist()
-    sids = torch.tensor([policy.tokenizer(policy.catalog.sids[i])["input_ids"] for i in picks])
-    completion_mask = torch.ones_like(sids)
+    sids = [torch.tensor(policy.tokenizer(policy.catalog.sids[i])["input_ids"]) for i in picks]
+    completion_mask = pad_sequence([torch.ones_like(sid) for sid in sids], batch_first=True)
     completion_mask[1::3, -1] = 0  # some completions are shorter
+    sids = pad_sequence(sids, batch_first=True, padding_value=policy.tokenizer.pad_token_id)
     return torch.cat([ids, sids], 1), torch.cat([mask, completion_mask], 1), completion_mask.bool()
 
 
 PROMPTS = ["Next ID after these toys:\n<a_0><b_1><c_2>\nAnswer:\n", "x\nAnswer:\n", "<a_1>"]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_log_probs_and_gradients_equal_row_by_row(policy, world, tmp_path, temperature):
-    trainer = make_trainer(policy, world, tmp_path, temperature=temperature)
-    trainer.model.double()  # so that only a difference in what is computed can show
+def with_gradients(trainer, weights, method):
+    """Log-probabilities and entropies of `method`, and every parameter's gradient of their weighted sum."""
+    trainer.model.zero_grad()
+    log_probs, entropies = method()
+    ((log_probs + 0.1 * entropies) * weights).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return {
+        "log-probabilities": log_probs.detach() * (weights != 0),
+        "entropies": entropies.detach() * (weights != 0),
+    } | gradients
+
+
+def assert_equal(ours, plain, tolerance):
+    """Relative to the length of each tensor."""
+    assert ours.keys() == plain.keys() and len(plain) > 3
+    for name, expected in plain.items():
+        error = (ours[name] - expected).float().norm() / expected.float().norm().clamp(min=1e-3)
+        assert error <= tolerance, (name, float(error))
+
+
+def train_adapters(trainer):
+    """Give every adapter weight a value: the new ones multiply by zero."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.1, generator=generator)
+
+
+LORA = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
+
+
+@pytest.mark.parametrize(
+    "settings, dtype, tolerance",
+    [
+        ({}, torch.float32, 1e-5),
+        ({"temperature": 0.6}, torch.float32, 1e-5),
+        ({"gradient_checkpointing": True}, torch.float32, 1e-5),
+        ({"peft_config": LORA}, torch.float32, 1e-5),
+        ({}, torch.bfloat16, 1e-2),
+    ],
+    ids=["plain", "temperature", "checkpointing", "lora", "bf16"],
+)
+def test_log_probs_and_gradients_equal_row_by_row(policy, world, tmp_path, settings, dtype, tolerance):
+    trainer = make_trainer(policy, world, tmp_path, bf16=False, **settings)
+    if "peft_config" in settings:
+        train_adapters(trainer)
+    trainer.model.to(dtype).train()
+    if dtype == torch.bfloat16:  # weights as a trained model has them: large ones turn rounding into other attention
+        for parameter in trainer.model.parameters():
+            parameter.data.mul_(0.1 if parameter.ndim > 1 else 1.0)
     ids, mask, kept = batch_of(policy, PROMPTS, group=4)
     weights = torch.randn(kept.shape, generator=torch.Generator().manual_seed(1)) * kept
 
-    def run(method):
-        trainer.model.zero_grad()
-        log_probs, entropies, _ = method(trainer, trainer.model, ids, mask, 3, compute_entropy=True)
-        (log_probs * weights).sum().backward()
-        gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-        return log_probs.detach(), entropies.detach(), gradients
+    def run(trainer_class):
+        method = trainer_class._get_per_token_logps_and_entropies
+        return with_gradients(
+            trainer, weights, lambda: method(trainer, trainer.model, ids, mask, 3, compute_entropy=True)[:2]
+        )
 
-    ours = run(ReReTrainer._get_per_token_logps_and_entropies)
-    plain = run(GRPOTrainer._get_per_token_logps_and_entropies)
-    for mine, theirs in zip(ours[:2], plain[:2], strict=True):
-        torch.testing.assert_close(mine[kept], theirs[kept], atol=1e-4, rtol=1e-5)
-    assert ours[2].keys() == plain[2].keys()
-    for name in plain[2]:
-        scale = plain[2][name].abs().max()
-        torch.testing.assert_close(ours[2][name], plain[2][name], atol=1e-5 * float(scale) + 1e-6, rtol=1e-4)
+    assert_equal(run(ReReTrainer), run(GRPOTrainer), tolerance)
+
+
+def brute_force(model, policy, ids, mask, length, temperature):
+    """Each row alone; at each token a softmax over what a dictionary of SIDs allows. (log-probs, entropies)."""
+    token_id = policy.tokenizer.convert_tokens_to_ids
+    sids = [[token_id(token) for token in split_sid(sid)] for sid in policy.catalog.sids]
+    log_probs, entropies = (torch.zeros(len(ids), length, dtype=model.dtype) for _ in range(2))
+    for row, (tokens, real) in enumerate(zip(ids, mask, strict=True)):
+        completion = [t for t, m in zip(tokens[-length:].tolist(), real[-length:].tolist(), strict=True) if m]
+        prompt = tokens[:-length][real[:-length].bool()]
+        logits = model(torch.cat([prompt, torch.tensor(completion)])[None]).logits[0, len(prompt) - 1 : -1]
+        for place, token in enumerate(completion):
+            allowed = sorted({sid[place] for sid in sids if sid[:place] == completion[:place] and len(sid) > place})
+            values = torch.log_softmax(logits[place, allowed] / temperature, dim=-1)
+            log_probs[row, place] = values[allowed.index(token)]
+            entropies[row, place] = -(values.exp() * values).sum()
+    return log_probs, entropies
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.6}, {"peft_config": LORA, "gradient_checkpointing": True}],
+    ids=["plain", "temperature", "lora"],
+)
+@pytest.mark.parametrize("mixed_depth", [False, True])
+def test_catalog_log_probs_and_gradients_equal_brute_force(policy, world, tmp_path, settings, mixed_depth):
+    catalog = policy.catalog
+    if mixed_depth:  # some SIDs end a level earlier, where others branch
+        catalog = Catalog(
+            [sid if row % 5 else sid[: sid.rindex("<")] for row, sid in enumerate(catalog.sids) if row % 4 == 0]
+        )
+        assert {len(split_sid(sid)) for sid in catalog.sids} == {2, 3}
+    policy = SimpleNamespace(**vars(policy) | {"catalog": catalog})
+    trainer = make_trainer(policy, world, tmp_path, logp_space="catalog", bf16=False, **settings)
+    if "peft_config" in settings:
+        train_adapters(trainer)
+    trainer.model.double().train()
+    ids, mask, kept = batch_of(policy, PROMPTS, group=4)
+    weights = torch.randn(kept.shape, generator=torch.Generator().manual_seed(1)).double() * kept
+    temperature = settings.get("temperature", 1.0)
+
+    ours = with_gradients(
+        trainer,
+        weights,
+        lambda: trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 3, compute_entropy=True)[:2],
+    )
+    plain = with_gradients(trainer, weights, lambda: brute_force(trainer.model, policy, ids, mask, 3, temperature))
+    assert_equal(ours, plain, 1e-5)
+    assert (ours["log-probabilities"] <= 0).all() and ours["log-probabilities"].min() < -0.1
+
+
+class RowByRow(ReReTrainer):
+    _get_per_token_logps_and_entropies = GRPOTrainer._get_per_token_logps_and_entropies
+
+
+@pytest.mark.parametrize("settings", [{"num_iterations": 2}, {"gradient_accumulation_steps": 2, "loss_type": "dapo"}])
+def test_training_equals_row_by_row(policy, world, tmp_path, settings):
+    """Old, reference and current policy through whole steps: two runs, one trajectory."""
+    settings |= {"max_steps": 4, "optim": "sgd", "learning_rate": 1e-2, "bf16": False, "beta": 0.1, "max_grad_norm": 0}
+    ours, plain = (make_trainer(policy, world, tmp_path, trainer=t, **settings) for t in (ReReTrainer, RowByRow))
+    start = copy.deepcopy(ours.model.state_dict())
+    for trainer in (ours, plain):
+        trainer.train()
+    moved = 0.0
+    for name, expected in plain.model.state_dict().items():
+        change, wanted = ours.model.state_dict()[name] - start[name], expected - start[name]
+        moved = max(moved, float(wanted.abs().max()))
+        assert (change - wanted).abs().max() <= 1e-3 * wanted.abs().max() + 1e-7, name
+    assert moved > 1e-4
 
 
 @pytest.mark.parametrize("batch_size", [None, 4, 8, 1])
@@ -189,8 +303,96 @@ def test_evaluation_is_beam_search_on_validation_rows(policy, world, tmp_path):
     assert 0 < result["eval_NDCG@10"] < 1
 
 
-def test_rl_learns_a_known_best_policy(policy, world, tmp_path):
-    """One prompt, one target: rule + ndcg over beams must raise the target to the first place."""
+def test_groups_are_drawn_in_the_space_of_their_log_probs(policy, world, tmp_path):
+    """The score by which beams were ranked is the sum of the log-probabilities that the loss sees."""
+    ids, mask = left_pad(policy.tokenizer(PROMPTS)["input_ids"], policy.tokenizer.pad_token_id, "cpu")
+    found = {}
+    for space in ("vocab", "catalog"):
+        trainer = make_trainer(policy, world, tmp_path, logp_space=space, bf16=False, temperature=0.7)
+        beams = beam_search(trainer.model, trainer.trie, ids, mask, 4, 0.7, space=space)
+        targets = torch.zeros(len(ids), 1, dtype=torch.long)
+        assert torch.equal(trainer._draw(trainer.model, ids, mask, targets), beams.leaf)
+        completions = torch.tensor([trainer.completion_of_leaf[leaf] for leaf in beams.leaf.flatten().tolist()])
+        rows = torch.cat([ids.repeat_interleave(4, 0), completions], 1)
+        real = torch.cat([mask.repeat_interleave(4, 0), torch.ones_like(completions)], 1)
+        with torch.no_grad():
+            log_probs = trainer._get_per_token_logps_and_entropies(trainer.model, rows, real, 3)[0]
+        torch.testing.assert_close(log_probs.sum(1), beams.score.flatten(), atol=1e-4, rtol=0)
+        found[space] = beams.score
+    assert (found["catalog"] > found["vocab"] + 0.1).all()
+
+
+def test_which_of_the_drawn_are_kept():
+    leaf = torch.tensor([[3, 5, 3, 7, 5, 9], [1, 1, 1, 1, 2, 1], [4, 6, 4, 4, 4, 4]])
+    kept = keep_target_first(leaf, torch.tensor([[5], [1], [8]]), 4)
+    assert kept.tolist() == [[3, 5, 7, 5], [1, 1, 1, 1], [4, 6, 4, 4]]
+
+
+@pytest.mark.parametrize("dynamic_sampling", [False, True])
+def test_sampled_groups(policy, world, tmp_path, dynamic_sampling):
+    """Repeatable by step, legal, most probable first; dynamic sampling never loses a target that it drew."""
+    settings = {"beams": False, "dynamic_sampling": dynamic_sampling, "num_generations": 8}
+    trainer = make_trainer(policy, world, tmp_path, rewards=reward_functions("ranking", 8), **settings)
+    ids, mask = left_pad(policy.tokenizer(PROMPTS)["input_ids"], policy.tokenizer.pad_token_id, "cpu")
+    targets = beam_search(trainer.model, trainer.trie, ids, mask, 1).leaf  # likely to be drawn
+    groups = trainer._draw(trainer.model, ids, mask, targets)
+    assert torch.equal(groups, trainer._draw(trainer.model, ids, mask, targets))
+    trainer.state.global_step = 1
+    assert not torch.equal(groups, trainer._draw(trainer.model, ids, mask, targets))
+    assert groups.shape == (3, 8) and (groups == targets).any()
+    scores = beam_search(trainer.model, trainer.trie, ids, mask, 1000)
+    for group, leaf, score in zip(groups, scores.leaf, scores.score, strict=True):
+        place = [leaf.tolist().index(sid) for sid in group.tolist()]
+        assert place == sorted(place) and score.isfinite().all()
+    trainer.train()
+    logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
+    assert 1 <= logged["group/distinct"] <= 8 and 0 <= logged["group/dead"] <= 1
+    assert min(logged[f"seconds/{part}"] for part in ("generation", "log_probs", "update")) > 0
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo", "sapo", "luspo", "cispo", "vespo"])
+def test_dead_groups_leave_the_loss(policy, world, tmp_path, loss_type):
+    """With mask_all_zero, loss and gradients are those of the live groups by themselves, KL included."""
+
+    def second_group_alone_differs(completions, **_):
+        return [0.1] * 4 + [0.0, 1.0, 0.5, 0.0]
+
+    settings = {"loss_type": loss_type, "beta": 0.1, "bf16": False, "gradient_accumulation_steps": 1}
+    if loss_type == "luspo":
+        settings["importance_sampling_level"] = "sequence"
+    rewards = [second_group_alone_differs]
+    trainer = make_trainer(policy, world, tmp_path, rewards=rewards, mask_all_zero=True, **settings)
+    trainer.current_gradient_accumulation_steps = 1
+    rows = [trainer.train_dataset[i // 4] for i in range(8)]
+    for parameter in trainer.ref_model.parameters():
+        parameter.data.mul_(1.05)  # so that there is a divergence to count
+    masked = trainer._generate_and_score_completions(rows)
+    assert trainer._metrics["train"]["group/dead"] == [0.5]
+    alone = {k: v[4:] if torch.is_tensor(v) and v.ndim else v for k, v in masked.items()}
+
+    def loss_and_gradient(inputs, mask_all_zero):
+        trainer.mask_all_zero = mask_all_zero
+        trainer.model.zero_grad()
+        loss = trainer._compute_loss(trainer.model, inputs)
+        loss.backward()
+        return loss.detach(), trainer.model.model.norm.weight.grad.clone()
+
+    for ours, expected in zip(loss_and_gradient(masked, True), loss_and_gradient(alone, False), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_of_dead_groups_moves_nothing(policy, world, tmp_path):
+    def same(completions, **_):
+        return [0.1] * len(completions)
+
+    trainer = make_trainer(policy, world, tmp_path, rewards=[same], mask_all_zero=True)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert all(torch.equal(before[n], p) for n, p in trainer.model.state_dict().items())
+
+
+def learns_a_known_best_policy(policy, world, tmp_path, **settings):
+    """One prompt, one target: the reward must raise it from outside the ten best to the first place."""
     target = policy.items.sids[30]
     columns = {
         "prompt": ["Answer:\n"] * 64,
@@ -199,19 +401,32 @@ def test_rl_learns_a_known_best_policy(policy, world, tmp_path):
         "history_items": [[1]] * 64,
         "task": ["sid_seq"] * 64,
     }
+    defaults = {"add_gt": True, "max_steps": 25, "beta": 0.0, "lr_scheduler_type": "constant", "learning_rate": 3e-3}
+    validation = (["Answer:\n"], [30])
     trainer = make_trainer(
-        policy,
-        world,
-        tmp_path,
-        rows=columns,
-        add_gt=True,
-        max_steps=25,
-        beta=0.0,
-        lr_scheduler_type="constant",
-        validation=(["Answer:\n"], [30]),
-        eval_beams=10,
-        learning_rate=3e-3,
+        policy, world, tmp_path, rows=columns, validation=validation, eval_beams=10, **defaults | settings
     )
+    before = copy.deepcopy(trainer.model.state_dict())
     assert trainer.evaluate()["eval_HR@1"] == 0.0
     trainer.train()
     assert trainer.evaluate()["eval_HR@1"] == 1.0
+    after = trainer.model.state_dict()
+    assert all(not torch.equal(before[n], after[n]) for n in before if "layers" in n)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"loss_type": "dapo", "beams": False, "dynamic_sampling": True, "logp_space": "catalog"}], ids=str
+)
+def test_rl_learns_a_known_best_policy(policy, world, tmp_path, settings):
+    learns_a_known_best_policy(policy, world, tmp_path, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("space", ["vocab", "catalog"])
+@pytest.mark.parametrize("mode", [{}, {"beams": False}, {"dynamic_sampling": True, "beams": False}], ids=str)
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo", "gspo"])
+def test_every_loss_and_mode_learns(policy, world, tmp_path, loss_type, mode, space):
+    settings = {"loss_type": loss_type, "logp_space": space, "epsilon_high": 5.0 if loss_type == "cispo" else None}
+    if loss_type in ("gspo", "luspo"):
+        settings |= {"importance_sampling_level": "sequence", "loss_type": loss_type.replace("gspo", "grpo")}
+    learns_a_known_best_policy(policy, world, tmp_path, **settings | mode)

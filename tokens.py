@@ -1,0 +1,303 @@
+"""SFT rows as tokens: tokenised once, cached, ordered or packed, batched.
+
+A row is a prompt and its answer. Rows lie in flat arrays, not in Python lists. Batches are padded on the right and need
+no mask: under causal attention no real token sees what stands after it, and the loss is taken at answers alone.
+"""
+
+import hashlib
+import re
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+import torch
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from catalog import SID_TOKEN
+from cli import UserError, atomic_file
+from data import Pair
+
+BLANK = -1  # the row that fills up an epoch's last batch: no token, no loss
+IGNORED = -100  # the label of a position without a loss
+
+
+class Rows(NamedTuple):
+    """Token ids of many rows; row i is `tokens[start[i]:start[i + 1]]`, its last `answer[i]` tokens the answer's."""
+
+    tokens: np.ndarray  # (all tokens,) int32
+    start: np.ndarray  # (rows + 1,) int64
+    answer: np.ndarray  # (rows,) int32, tokens; the end of sequence counts
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.diff(self.start)
+
+    def trimmed(self, cutoff_len: int) -> "Rows":
+        """The rows with at most `cutoff_len` tokens: a longer prompt loses its beginning."""
+        if len(self.answer) and self.answer.max() >= cutoff_len:
+            raise UserError(
+                f"--cutoff_len {cutoff_len} leaves no room beside an answer of {self.answer.max()} tokens; raise it"
+            )
+        kept = np.minimum(self.lengths, cutoff_len)
+        return Rows(_take(self.tokens, self.start[1:] - kept, kept), _starts(kept), self.answer)
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _take(values: np.ndarray, begin: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """`values[begin[i]:begin[i] + lengths[i]]` for every i, one after the other."""
+    offset = np.arange(lengths.sum()) - np.repeat(_starts(lengths)[:-1], lengths)
+    return values[np.repeat(begin, lengths) + offset]
+
+
+# ------------------------------------------------------------------------------------------------ tokenising
+
+
+def tokenize(pairs: Sequence[Pair], tokenizer, suffix: str, separator: str) -> Rows:
+    """Rows of (prompt, answer) pairs: prompt, answer, `suffix`, end of sequence; the ids that `tokenizer` gives them.
+
+    Prompts repeat the same SIDs and titles over and over, so they are cut and each distinct piece is tokenised once
+    (`cut`). Where pieces would not give the same ids, prompts are tokenised whole.
+    """
+    prompts = pl.Series([prompt for prompt, _ in pairs])
+    answers = pl.Series([answer + suffix for _, answer in pairs])
+    pieces = cut(prompts, tokenizer, separator)
+    if pieces is None:
+        pieces = Pieces.of(prompts.reshape((-1, 1)).arr.to_list())
+    answer_pieces = Pieces.of(answers.reshape((-1, 1)).arr.to_list())
+
+    before, after = _special_ids(tokenizer)
+    encoded = [*_ids(tokenizer, pieces.texts), *_ids(tokenizer, answer_pieces.texts), before, after]
+    encoded.append([tokenizer.eos_token_id])
+    lengths = np.array([len(ids) for ids in encoded])
+    values, begin = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in encoded]), _starts(lengths)[:-1]
+
+    # every row as pieces: what the tokenizer puts first, the prompt's, what it puts last, answer, end of sequence
+    n, frame = len(pairs), len(encoded) - 3
+    ends = np.cumsum(pieces.counts + 4)
+    begins = ends - pieces.counts - 4
+    row_pieces = np.full(len(pieces.index) + 4 * n, -1)
+    row_pieces[begins], row_pieces[ends - 3], row_pieces[ends - 1] = frame, frame + 1, frame + 2
+    row_pieces[ends - 2] = len(pieces.texts) + answer_pieces.index
+    row_pieces[row_pieces < 0] = pieces.index
+    tokens = _take(values, begin[row_pieces], lengths[row_pieces])
+    row_lengths = np.add.reduceat(lengths[row_pieces], begins)
+    return Rows(tokens, _starts(row_lengths), (lengths[row_pieces[ends - 2]] + 1).astype(np.int32))
+
+
+def _ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def _special_ids(tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text of its own accord, such as a beginning of sequence."""
+    framed, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    before = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
+    return framed[:before], framed[before + len(bare) :]
+
+
+class Pieces(NamedTuple):
+    """Texts as pieces which, joined, are the text."""
+
+    texts: list[str]  # the distinct pieces
+    index: np.ndarray  # (all pieces,) which of them, text by text
+    counts: np.ndarray  # (texts,) pieces of each text
+
+    @classmethod
+    def of(cls, parts: pl.Series) -> "Pieces":
+        """From a column of lists of strings."""
+        encoded = parts.explode().to_arrow().dictionary_encode()
+        counts = parts.list.len().to_numpy().astype(np.int64)
+        return cls(encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64), counts)
+
+
+SAMPLE = 256  # prompts that are tokenised whole as well
+_MARK = "\x01"  # where a text is cut
+_LAST_WORD, _FIRST_WORD = re.compile(r"\S*\s*\Z"), re.compile(r"\s*\S*")
+
+
+def cut(prompts: pl.Series, tokenizer, separator: str) -> Pieces | None:
+    """`prompts` cut so that the ids of the pieces, joined, are those of the prompts; None where no such cut is known.
+
+    A tokenizer always cuts beside its added tokens, here the SIDs'. Before the space of the `separator` of titles it
+    is cut if the pre-tokenizer cuts there too, whatever words meet there. A sample is tokenised whole, to see that the
+    tokenizer does not treat the beginning of a text in a way of its own.
+    """
+    sids = {token for token in tokenizer.get_added_vocab() if SID_TOKEN.fullmatch(token)}
+    apart = prompts.str.replace_all(f"({SID_TOKEN.pattern.replace('(', '(?:')})", f"{_MARK}${{1}}{_MARK}")
+    if prompts.str.contains(_MARK, literal=True).any():
+        return None
+    sample = range(0, len(prompts), max(1, len(prompts) // SAMPLE))
+    whole = _ids(tokenizer, prompts[list(sample)])
+
+    def tried(marked: pl.Series) -> Pieces | None:
+        pieces = Pieces.of(marked.str.split(_MARK))
+        if any(SID_TOKEN.fullmatch(text) and text not in sids for text in pieces.texts):
+            return None  # looks like a SID token and is none
+        starts = _starts(pieces.counts)
+        if not _pre_tokenizer_agrees(pieces, starts, sids, tokenizer.backend_tokenizer):
+            return None
+        parts = [
+            _ids(tokenizer, [pieces.texts[i] for i in pieces.index[starts[row] : starts[row + 1]]]) for row in sample
+        ]
+        return pieces if whole == [[i for ids in row for i in ids] for row in parts] else None
+
+    if " " in separator:
+        space = separator.index(" ")
+        found = tried(apart.str.replace_all(separator, separator[:space] + _MARK + separator[space:], literal=True))
+        if found is not None:
+            return found
+    return tried(apart)
+
+
+def _pre_tokenizer_agrees(pieces: Pieces, starts: np.ndarray, sids: set[str], backend) -> bool:
+    """Whether the pre-tokenizer cuts between all neighbouring pieces of which neither is a SID token.
+
+    It is asked about the words that meet, each pair of them once and on a line of its own.
+    """
+    plain = np.array([bool(text) and text not in sids for text in pieces.texts])[pieces.index]
+    meets = plain[:-1] & plain[1:]
+    meets[starts[1:-1] - 1] = False  # the last piece of one prompt and the first of the next
+    if not meets.any():
+        return True
+    if backend.pre_tokenizer is None:
+        return False
+    lasts, last = np.unique([_LAST_WORD.search(text[-64:]).group() for text in pieces.texts], return_inverse=True)
+    firsts, first = np.unique([_FIRST_WORD.match(text).group() for text in pieces.texts], return_inverse=True)
+    pairs = np.unique(last[pieces.index[:-1][meets]] * len(firsts) + first[pieces.index[1:][meets]])
+    left, right = lasts[pairs // len(firsts)].tolist(), firsts[pairs % len(firsts)].tolist()
+    spans = backend.pre_tokenizer.pre_tokenize_str("\n".join(a + b for a, b in zip(left, right, strict=True)))
+    begins = np.array([begin for _, (begin, _) in spans])
+    line = _starts(np.array([len(a) + len(b) + 1 for a, b in zip(left, right, strict=True)]))[:-1]
+    return bool(np.isin(line + np.array([len(a) for a in left]), begins).all())
+
+
+def tokenize_cached(pairs: Sequence[Pair], tokenizer, suffix: str, separator: str, cache_dir: str | Path) -> Rows:
+    """`tokenize`, kept in `cache_dir` under a digest of the texts and the tokenizer; an empty `cache_dir` keeps none."""
+    if not cache_dir:
+        return tokenize(pairs, tokenizer, suffix, separator)
+    digest = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16)
+    digest.update(f"{tokenizer.eos_token_id}\0{suffix}\0{separator}".encode())
+    for pair in pairs:
+        digest.update("\0".join(pair).encode())
+        digest.update(b"\0\0")
+    path = Path(cache_dir) / f"{digest.hexdigest()}.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as stored:
+            print(f"{len(pairs):,} rows as tokens from {path}")
+            return Rows(**stored)
+    rows = tokenize(pairs, tokenizer, suffix, separator)
+    with atomic_file(path, "wb") as f:
+        np.savez(f, **rows._asdict())
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ lines of a batch
+
+
+def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Rows put together into lines of at most `capacity` tokens: best fit, the longest row first."""
+    lines: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []  # (free tokens, line), sorted
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[row])
+        at = bisect_left(spaces, (length, -1))
+        if at < len(spaces):
+            free, line = spaces.pop(at)
+            lines[line].append(row)
+        else:
+            free, line = capacity, len(lines)
+            lines.append([row])
+        insort(spaces, (free - length, line))
+    return lines
+
+
+class Lines(torch.utils.data.Dataset):
+    """What a batch is made of: line i holds the rows `rows_of[i]`, or row i alone. `BLANK` is an empty line."""
+
+    def __init__(self, rows: Rows, capacity: int = 0):
+        """`capacity` tokens a line pack several rows into one; 0: a row a line."""
+        self.rows, self.packed = rows, capacity > 0
+        self.rows_of = pack(rows.lengths, capacity) if self.packed else None
+        self.lengths = (
+            np.array([rows.lengths[line].sum() for line in self.rows_of]) if self.packed else rows.lengths
+        )  # (lines,) tokens
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, line: int) -> list[tuple[np.ndarray, int]]:
+        """The rows of a line, each (tokens, tokens of the answer)."""
+        if line == BLANK:
+            return []
+        rows = self.rows_of[line] if self.packed else [line]
+        tokens, start, answer = self.rows
+        return [(tokens[start[i] : start[i + 1]], int(answer[i])) for i in rows]
+
+
+class EpochOrder(Sampler):
+    """The order of an epoch's lines, by seed and epoch alone: the same on any number of processes and after a kill.
+
+    `by_length` groups lines of about equal length into global batches, in the manner of transformers' length-grouped
+    sampling. Blank lines fill the last batch, so that each process gets the same number of forwards and no line twice.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, by_length: bool):
+        self.lengths, self.batch_size, self.seed, self.by_length = lengths, batch_size, seed, by_length
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def order(self) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        if self.by_length:
+            order = get_length_grouped_indices(self.lengths.tolist(), self.batch_size, generator=generator)
+        else:
+            order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        return order + [BLANK] * (-len(order) % self.batch_size)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order())
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size) * self.batch_size
+
+    def padding_share(self, micro_batch_size: int) -> float:
+        """Share of this epoch's positions, in [0, 1), that hold no token of a row."""
+        lengths = np.append(self.lengths, 0)[np.array(self.order())].reshape(-1, micro_batch_size)
+        return 1 - self.lengths.sum() / (lengths.max(axis=1).sum() * micro_batch_size)
+
+
+class Collator:
+    """Lines to tensors, padded on the right: input_ids, labels, and position_ids where rows are packed.
+
+    Positions restart at each row of a packed line; with no mask given, transformers takes them for the bounds of rows
+    that must not see each other.
+    """
+
+    def __init__(self, pad_token_id: int, packed: bool = False):
+        self.pad_token_id, self.packed = pad_token_id, packed
+
+    def __call__(self, lines: list[list[tuple[np.ndarray, int]]]) -> dict[str, torch.Tensor]:
+        length = max(2, *(sum(len(tokens) for tokens, _ in line) for line in lines))
+        shape = (len(lines), length)
+        ids, labels = np.full(shape, self.pad_token_id), np.full(shape, IGNORED)
+        position = np.zeros(shape, dtype=np.int64)
+        for i, line in enumerate(lines):
+            end = 0
+            for tokens, answer in line:
+                begin, end = end, end + len(tokens)
+                ids[i, begin:end] = tokens
+                labels[i, end - answer : end] = tokens[-answer:]
+                position[i, begin:end] = np.arange(len(tokens))
+            position[i, end:] = np.arange(length - end)
+        batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+        return batch | ({"position_ids": torch.from_numpy(position)} if self.packed else {})

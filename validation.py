@@ -1,0 +1,47 @@
+"""What a trainer measures on validation rows: HR, NDCG and MRR of constrained beam search, shared among processes."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from accelerate.utils import gather_object
+from trl.models import unwrap_model_for_generation
+
+import metrics
+from beam_search import recommend
+from catalog import Catalog, Trie
+
+
+class Validation(NamedTuple):
+    """Validation rows and how to search them."""
+
+    prompts: Sequence[str]  # (rows,)
+    targets: Sequence[int]  # (rows,) item ids
+    catalog: Catalog
+    trie: Trie
+    beams: int
+
+    @property
+    def cutoffs(self) -> list[int]:
+        """The K of the metrics: none beyond the beams, and the least of 10 and the beams among them."""
+        return sorted({k for k in metrics.CUTOFFS if k <= self.beams} | {min(10, self.beams)})
+
+    def measure(self, trainer) -> dict[str, float]:
+        """HR@K, NDCG@K and MRR by item of a `transformers.Trainer`'s model; exact sums over its processes."""
+        accelerator = trainer.accelerator
+        process, world = accelerator.process_index, accelerator.num_processes
+        gather = getattr(trainer.args, "ds3_gather_for_generation", True)
+        with (
+            unwrap_model_for_generation(trainer.model_wrapped, accelerator, gather_deepspeed3_params=gather) as model,
+            accelerator.autocast(),
+        ):
+            leaves, _ = recommend(
+                model,
+                trainer.processing_class,
+                self.trie,
+                self.prompts[process::world],
+                self.beams,
+                trainer.args.per_device_eval_batch_size,
+            )
+        _, ranks = metrics.sid_and_item_ranks(leaves, self.targets[process::world], self.catalog)
+        return metrics.table(np.concatenate(gather_object([ranks])), self.cutoffs)
