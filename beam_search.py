@@ -56,7 +56,7 @@ def beam_search(
         )
         reached = (score.unsqueeze(-1) + log_probs).flatten(1)
         child, token = allowed.node.flatten(1), allowed.token.flatten(1)
-        leaf = torch.where(allowed.mask.flatten(1), trie.leaf[child], -1)
+        leaf = torch.where(reached > -torch.inf, trie.leaf[child], -1)
 
         ended = (reached / (depth + 1) ** length_penalty).masked_fill(leaf < 0, -torch.inf)
         best, place = torch.cat([done.score, ended], dim=1).topk(width)
@@ -67,7 +67,7 @@ def beam_search(
             node = child.gather(1, place)
             tree.grow(token.gather(1, place), place // allowed.token.shape[2])
     _refuse_broken(done.score.isfinite().sum(1), trie.reachable[..., 0].clamp(max=width))
-    return Beams(done.leaf.masked_fill(done.score == -torch.inf, -1), done.score)
+    return done
 
 
 def _refuse_broken(found: torch.Tensor, expected: torch.Tensor) -> None:

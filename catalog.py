@@ -8,6 +8,7 @@ dictionary is walked while decoding. It starts at its root: the first generated 
 the prompt was. A node that is not in the trie cannot be named, so nothing can fall out of it into an open vocabulary.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from itertools import chain
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import polars as pl
+import safetensors
+import safetensors.torch
 import torch
 
-from cli import UserError, read_json
+from cli import UserError, atomic_file, read_json, require_file
 
 SID_TOKEN = re.compile(r"<([a-z]+)_(\d+)>")
 _SID = re.compile(r"(?:<[a-z]+_\d+>)+")
@@ -76,12 +80,31 @@ def codebook_tokens(sids: Sequence[str], used_only: bool = False) -> list[str]:
     return [f"<{letter}_{code}>" for letter in letters for code in range(size)]
 
 
+def level_codes(sids: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Distinct level tokens, and each SID as (sids, longest) places among them, -1 after the end of a shorter one.
+
+    Raises `ValueError` if anything but level tokens is in a SID.
+    """
+    column = pl.Series(sids, dtype=pl.String)
+    split = column.str.extract_all(SID_TOKEN.pattern)
+    for sid in column.filter((split.list.join("") != column) | (split.list.len() == 0)).head(1):
+        split_sid(sid)  # raises
+    lengths = split.list.len().to_numpy()
+    flat = split.explode()
+    tokens = flat.unique(maintain_order=True)
+    place = flat.replace_strict(tokens, np.arange(len(tokens)), return_dtype=pl.Int64).to_numpy()
+    codes = np.full((len(sids), lengths.max()), -1, dtype=np.int64)
+    codes[np.arange(codes.shape[1]) < lengths[:, None]] = place
+    return tokens.to_list(), codes
+
+
 class Catalog:
     """Items by id, SIDs by row, and the items that share each SID.
 
     sids: distinct SIDs, in order of their first item
     sid_of_item: (items,) row of `sids`
     items_of_sid: for each row of `sids`, its items, most popular in train first, then by id
+    tokens, codes: the distinct level tokens, and each SID as (sids, depth) places among them, -1 after its end
     """
 
     def __init__(self, item_sids: Sequence[str], popularity: Sequence[int] | None = None):
@@ -93,18 +116,22 @@ class Catalog:
         counts = np.zeros(len(item_sids), dtype=np.int64) if popularity is None else np.asarray(popularity)
         order = np.lexsort((np.arange(len(item_sids)), -counts, self.sid_of_item))
         bounds = np.searchsorted(self.sid_of_item[order], np.arange(1, len(self.sids)))
-        self.items_of_sid = [group.tolist() for group in np.split(order, bounds)]
+        ends, order = [0, *bounds.tolist(), len(order)], order.tolist()
+        self.items_of_sid = [order[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+        self.tokens, self.codes = level_codes(self.sids)
         self._refuse_prefixes()
 
     def _refuse_prefixes(self) -> None:
         # In sorted token order, a SID that is a prefix of others stands directly before one of them.
-        split = sorted((tuple(split_sid(sid)), row) for row, sid in enumerate(self.sids))
-        for (short, row), (long, other) in zip(split, split[1:], strict=False):
-            if long[: len(short)] == short:
-                raise UserError(
-                    f"item {self.items_of_sid[row][0]} has SID {self.sids[row]}, a prefix of item "
-                    f"{self.items_of_sid[other][0]}'s {self.sids[other]}; SIDs must be prefix-free: build the index again"
-                )
+        order = np.lexsort(self.codes.T[::-1])
+        codes = self.codes[order]
+        short = ((codes[:-1] == codes[1:]) | (codes[:-1] < 0)).all(axis=1)
+        for place in np.flatnonzero(short)[:1]:
+            row, other = order[place], order[place + 1]
+            raise UserError(
+                f"item {self.items_of_sid[row][0]} has SID {self.sids[row]}, a prefix of item "
+                f"{self.items_of_sid[other][0]}'s {self.sids[other]}; SIDs must be prefix-free: build the index again"
+            )
 
     @property
     def n_items(self) -> int:
@@ -118,12 +145,12 @@ class Catalog:
 
     def trie(self, tokenizer) -> "Trie":
         """The trie over this catalog's SIDs in `tokenizer`'s ids; leaf i is row i of `sids`."""
-        ids = {}
-        for token in {token for sid in self.sids for token in split_sid(sid)}:
-            ids[token] = tokenizer.convert_tokens_to_ids(token)
-            if ids[token] is None or ids[token] == tokenizer.unk_token_id:
+        ids = []
+        for token in self.tokens:
+            ids.append(tokenizer.convert_tokens_to_ids(token))
+            if ids[-1] is None or ids[-1] == tokenizer.unk_token_id:
                 raise UserError(f"the tokenizer does not know {token}; use the checkpoint trained on this index")
-        return Trie.build([[ids[token] for token in split_sid(sid)] for sid in self.sids])
+        return Trie.build(np.array([*ids, -1])[self.codes])  # place -1 is the end's
 
 
 class Allowed(NamedTuple):
@@ -218,6 +245,26 @@ class Trie(NamedTuple):
             widths=tuple(int(children[bounds[i] : bounds[i + 1]].max()) for i in range(depth)),
             columns=tuple((int(column[edges].min()), int(column[edges].max()) + 1) for edges in levels),
         )
+
+    def save(self, path: str | Path) -> None:
+        """Write the trie and its restriction as safetensors, atomically."""
+        fields = self._asdict()
+        tensors = {name: value.contiguous() for name, value in fields.items() if isinstance(value, torch.Tensor)}
+        facts = {name: value for name, value in fields.items() if name not in tensors}
+        with atomic_file(path, "wb") as f:
+            f.write(safetensors.torch.save(tensors, {"trie": json.dumps(facts)}))
+
+    @classmethod
+    def load(cls, path: str | Path, flag: str = "trie") -> "Trie":
+        """The trie that `save` wrote, on the CPU; raises `UserError` for any other file."""
+        try:
+            with safetensors.safe_open(require_file(path, flag), "pt") as f:
+                facts = json.loads(f.metadata()["trie"])
+                facts["columns"] = tuple(map(tuple, facts["columns"]))
+                facts["widths"] = tuple(facts["widths"])
+                return cls(**{name: f.get_tensor(name) for name in f.keys()}, **facts)
+        except (safetensors.SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+            raise UserError(f"{path}: not a saved trie ({error}); save it again or check --{flag}") from None
 
     def to(self, device) -> "Trie":
         return self._replace(**{k: v.to(device) for k, v in self._asdict().items() if isinstance(v, torch.Tensor)})

@@ -214,12 +214,14 @@ def summary(options: Options, rows: pl.DataFrame, catalog: Catalog, predicted: P
 def main(options: Options) -> None:
     options.check()
     started = time.perf_counter()
-    process = PartialState()
+    process = PartialState(cpu=not torch.cuda.is_available())  # else every process of a CPU run believes it is alone
     items, rows, catalog, texts = read(options)
 
+    # Plain "cpu": to "cpu:0", a rank's name for it, weights are copied to other alignments and sums round otherwise.
+    device = process.device if process.device.type != "cpu" else torch.device("cpu")
     tokenizer = checkpoint.load_tokenizer(options.base_model, "base_model")
-    model = checkpoint.load_model(options.base_model, "base_model", DTYPES[options.dtype]).to(process.device)
-    trie = catalog.trie(tokenizer).to(process.device)
+    model = checkpoint.load_model(options.base_model, "base_model", DTYPES[options.dtype]).to(device)
+    trie = catalog.trie(tokenizer).to(device)
     if options.max_new_tokens < trie.depth:
         raise UserError(f"--max_new_tokens {options.max_new_tokens}: the catalog's SIDs have up to {trie.depth} tokens")
 
@@ -236,6 +238,7 @@ def main(options: Options) -> None:
     write_json(path, predictions, indent=None)
     with atomic_file(path.with_suffix(".parquet"), "wb") as f:
         pl.DataFrame(predictions).write_parquet(f)
+    result["processes"] = process.num_processes
     result["seconds"] = time.perf_counter() - started
     write_json(path.with_suffix(".metrics.json"), result)
     shutil.rmtree(path.with_suffix(".parts"))

@@ -92,13 +92,11 @@ def allowed_log_probs(
     allowed = trie.allowed(node, level)
     low, high = trie.columns[level] if level is not None else (0, len(trie.tokens))
     logits = head.logits(hidden, trie.tokens[low:high]) / temperature
-    # The least finite value, not -inf: a node that allows nothing must not turn gradients into NaN.
-    logits = logits.gather(-1, (allowed.column - low).clamp(min=0))
-    logits = logits.masked_fill(~allowed.mask, torch.finfo(logits.dtype).min)
+    logits = logits.gather(-1, (allowed.column - low).clamp(min=0)).masked_fill(~allowed.mask, -torch.inf)
     if space == "catalog":
         total = logits.logsumexp(dim=-1, keepdim=True)
     elif space == "vocab":
         total = head.log_normalizer(hidden, temperature)
     else:
         raise ValueError(f"space {space!r}, expected one of {SPACES}")
-    return (logits - total).masked_fill(~allowed.mask, -torch.inf), allowed
+    return (logits - total).masked_fill(~allowed.mask, -torch.inf), allowed  # -inf - -inf at a leaf is NaN

@@ -101,6 +101,17 @@ def policy(world, base_model):
     return SimpleNamespace(model=model.eval(), tokenizer=tokenizer, catalog=Catalog(items.sids), items=items)
 
 
+@pytest.fixture(scope="session")
+def checkpoint_folder(policy, tmp_path_factory):
+    """The policy on disk, as a stage leaves it."""
+    import checkpoint
+    from data import DEFAULT_TEMPLATE
+
+    folder = tmp_path_factory.mktemp("policy") / "checkpoint"
+    checkpoint.save(policy.model, policy.tokenizer, DEFAULT_TEMPLATE, folder)
+    return folder
+
+
 def run_stage(script: str, *arguments, env: dict | None = None, check: bool = True, timeout: int = 600):
     """Run `python script …` or `bash script.sh` from the project's root; returns the completed process."""
     command = ["bash", script] if script.endswith(".sh") else [sys.executable, script]

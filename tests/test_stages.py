@@ -227,8 +227,9 @@ def test_killed_sft_resumes_to_the_same_weights(world, base_model, tmp_path, tra
 def test_two_processes_evaluate_as_one(world, sft_checkpoint, tmp_path):
     for processes in (1, 2):
         output = tmp_path / f"{processes}.json"
-        run_stage("evaluate.sh", env=evaluate_environment(world, sft_checkpoint, output, NPROC=processes))
+        run_stage("evaluate.sh", env=evaluate_environment(world, sft_checkpoint, output, NPROC=processes, BATCH_SIZE=2))
     one, two = (json.loads((tmp_path / f"{n}.metrics.json").read_text()) for n in (1, 2))
+    assert (one.pop("processes"), two.pop("processes")) == (1, 2)
     for result in (one, two):
         del result["seconds"]
     assert one == two
