@@ -6,7 +6,6 @@ import statistics
 import sys
 
 import pytest
-import torch
 import yaml
 
 import sasrec
@@ -15,14 +14,6 @@ from benchmarks.baselines import Options
 
 GRID = {"sasrec": {"hidden_size": 8, "epochs": 15, "learning_rate": [1e-5, 0.02]}}
 GRID["gru4rec"] = {"hidden_size": [8, 4], "num_layers": 1, "epochs": 1, "max_history": 3}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
