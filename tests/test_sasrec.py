@@ -145,6 +145,17 @@ def test_a_model_learns_a_cycle(tmp_path, name, settings):
     assert trained.ndcg == pytest.approx(float((1 / np.log2(ranks[ranks < 10] + 2)).sum() / len(ranks)))
 
 
+def test_all_positions_teach_what_no_target_says():
+    """1 follows 0 inside the one history, whose target is 4: only `all` learns it."""
+    rows, asked = sequences(*[([0, 1, 2, 3], 4)] * 16), sequences(([0], 1))
+    options = Options("", "", "", "", "", epochs=15, batch_size=4, learning_rate=1e-2, dropout=0.0, device="cpu")
+    options.popularity_bias, first = False, {}
+    for options.loss_positions in ("all", "last"):
+        model = sasrec.fit(options, rows, asked, catalog_of(8)).model
+        first[options.loss_positions] = int(model.scores([[0]]).argmax())
+    assert first["all"] == 1 != first["last"]
+
+
 def test_what_is_kept_is_the_best_epoch_on_valid():
     """Valid runs the other way round: the longer it trains, the worse; the first epochs are kept and end training."""
     n, rows = 12, cycle(12)
