@@ -145,6 +145,27 @@ def test_a_model_learns_a_cycle(tmp_path, name, settings):
     assert trained.ndcg == pytest.approx(float((1 / np.log2(ranks[ranks < 10] + 2)).sum() / len(ranks)))
 
 
+@every_model
+def test_flags_reach_the_model(name):
+    flags = {"max_history": 7, "hidden_size": 12, "dropout": 0.4, "tie_embeddings": False}
+    own = {"sasrec": {"num_layers": 3, "num_heads": 3}, "gru4rec": {"num_layers": 3}}
+    own["caser"] = {"num_filters": 5, "filter_sizes": [2, 7], "num_vertical": 3}
+    values = flags | own[name]
+    texts = values | ({"filter_sizes": "2,7"} if name == "caser" else {})
+    model = sasrec.build(Options("", "", "", "", "", model=name, **texts), 9)
+    assert model.config == values | {"n_items": 9} and model.outputs is not None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_popularity_bias_is_where_training_starts(bias):
+    rows = sequences(*[([0], 3)] * 30, *[([0], 1)] * 10, ([0], 2))
+    options = Options("", "", "", "", "", epochs=1, learning_rate=1e-12, popularity_bias=bias, device="cpu")
+    model = sasrec.fit(options, rows, rows, catalog_of(4)).model
+    shares = torch.tensor([1.0, 11.0, 2.0, 31.0]) / 45  # one added to each count
+    expected = shares.log() - shares.log().mean() if bias else torch.zeros(4)
+    torch.testing.assert_close(model.bias - model.bias.mean(), expected)
+
+
 def test_all_positions_teach_what_no_target_says():
     """1 follows 0 inside the one history, whose target is 4: only `all` learns it."""
     rows, asked = sequences(*[([0, 1, 2, 3], 4)] * 16), sequences(([0], 1))
