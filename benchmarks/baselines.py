@@ -12,9 +12,10 @@ process trains its part of all grids and ends without test; the same command wit
 import hashlib
 import itertools
 import json
+import os
 import statistics
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import polars as pl
@@ -89,6 +90,12 @@ def read_grid(path: str, models: list[str]) -> dict[str, list[dict]]:
         for one in settings[model]:
             sasrec.check(sasrec.Options("", "", "", "", "", model=model, **one))
     return settings
+
+
+def every_flag(model: str, settings: dict) -> dict:
+    """The settings with sasrec.py's defaults where they are silent: what a result depends on."""
+    options = asdict(sasrec.Options("", "", "", "", "", model=model, **settings))
+    return {flag: value for flag, value in options.items() if flag not in NOT_FOR_GRIDS}
 
 
 class Data:
@@ -185,7 +192,7 @@ def main(options: Options) -> None:
 
     def trained(model: str, settings: dict, seed: int, test: bool) -> dict:
         """One training, from `runs` or made now."""
-        key = {"data": data.digest, "model": model, "settings": settings, "seed": seed, "test": test}
+        key = {"data": data.digest, "model": model, "settings": every_flag(model, settings), "seed": seed, "test": test}
         print(f"{model}, {'test with ' * test}seed {seed}: {json.dumps(settings)}", flush=True)
         return runs.get_or_make(key, lambda: train(data, model, settings, seed, options.device, test))
 
@@ -226,4 +233,5 @@ def show(results: dict[str, dict], dataset_dir: str, n_seeds: int) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # repeatable sums on a GPU
     run(main, Options)
