@@ -177,7 +177,7 @@ def test_all_positions_teach_what_no_target_says():
     assert first["all"] == 1 != first["last"]
 
 
-def test_what_is_kept_is_the_best_epoch_on_valid():
+def test_what_is_kept_is_the_best_epoch_on_valid(capsys):
     """Valid runs the other way round: the longer it trains, the worse; the first epochs are kept and end training."""
     n, rows = 12, cycle(12)
     against = sequences(*(([i], (i - 1) % n) for i in range(n)))
@@ -185,6 +185,7 @@ def test_what_is_kept_is_the_best_epoch_on_valid():
     trained = sasrec.fit(options, rows, against, catalog_of(n))
     ranks, _ = item_and_sid_ranks(sasrec.scorer(trained.model), against, catalog_of(n))
     assert trained.epoch < 15
+    assert capsys.readouterr().out.count("valid NDCG@10") == trained.epoch + 3
     assert trained.ndcg == pytest.approx(float((1 / np.log2(ranks[ranks < 10] + 2)).sum() / len(ranks)))
 
 
