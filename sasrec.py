@@ -72,7 +72,7 @@ class Options:
     negatives: int = HfArg(default=1, help="bce: items drawn for each position")
     loss_positions: str = HfArg(default="last", help="predict only the row's target (last) or every position (all)")
     epochs: int = HfArg(default=9, aliases=["--epoch"], help="epochs at most; valid is scored after each")
-    sample: int = HfArg(default=10_000, help="train rows drawn for an epoch (windows of a user overlap); -1: all")
+    sample: int = HfArg(default=30_000, help="train rows drawn for an epoch (windows of a user overlap); -1: all")
     batch_size: int = HfArg(default=64, help="train rows a step")
     learning_rate: float = HfArg(default=1e-3, aliases=["--lr"], help="peak; falls linearly to zero over the epochs")
     weight_decay: float = HfArg(default=0.01, help="AdamW's, on matrices")

@@ -8,7 +8,7 @@ the target and of sampled items; no model knows the user, so that any history ca
 
 - SASRec: Kang & McAuley 2018, arXiv 1808.09781. Departures:
     1. pre-norm residuals x + f(norm(x)) with a norm at the end (the paper's text; its code normalises queries alone);
-    2. items alone are padding's neighbours: attention never sees padding.
+    2. attention never sees padding.
 - GRU4Rec: Hidasi et al. 2016, arXiv 1511.06939. Departures:
     1. item embeddings in and a linear layer out, where the paper feeds one-hot items;
     2. rows are windows of one user instead of session-parallel mini-batches; the losses are not BPR or TOP1.

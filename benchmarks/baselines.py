@@ -6,15 +6,16 @@
 Each model is trained with every combination of its grid (config/baselines.yaml) and one seed. The combination with
 the best valid NDCG@10 is trained again with each of `--seeds`, and only then is test scored. Every finished training
 is a line of `runs.jsonl`: a killed command goes on, and a changed grid trains only what is new. With `--shard`, a
-process trains its part of the grid and ends without test; the same command without it then finishes.
+process trains its part of all grids and ends without test; the same command without it then finishes.
 """
 
 import hashlib
 import itertools
 import json
+import os
 import statistics
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import polars as pl
@@ -89,6 +90,12 @@ def read_grid(path: str, models: list[str]) -> dict[str, list[dict]]:
         for one in settings[model]:
             sasrec.check(sasrec.Options("", "", "", "", "", model=model, **one))
     return settings
+
+
+def every_flag(model: str, settings: dict) -> dict:
+    """The settings with sasrec.py's defaults where they are silent: what a result depends on."""
+    options = asdict(sasrec.Options("", "", "", "", "", model=model, **settings))
+    return {flag: value for flag, value in options.items() if flag not in NOT_FOR_GRIDS}
 
 
 class Data:
@@ -183,36 +190,31 @@ def main(options: Options) -> None:
     grid = read_grid(options.grid, models)
     data, runs = Data(options.dataset_dir), Runs(options.output_dir)
 
-    # -------------------------------------------------------------------------------------------- the grid, on valid
-    best = {}
-    jobs = [(model, settings) for model in models for settings in grid[model]]
-    for number, (model, settings) in enumerate(jobs[shard::shards], start=1):
-        key = {"data": data.digest, "model": model, "settings": settings, "seed": options.tuning_seed, "test": False}
-        print(f"[{number}/{len(jobs[shard::shards])}] {model} {json.dumps(settings)}", flush=True)
-        tuned = runs.get_or_make(
-            key, lambda m=model, s=settings: train(data, m, s, options.tuning_seed, options.device, False)
-        )
-        print(f"valid NDCG@10 {tuned['valid_ndcg']:.4f}, epoch {tuned['epoch']}, {tuned['seconds']} s", flush=True)
-        if model not in best or tuned["valid_ndcg"] > best[model][0]:
-            best[model] = tuned["valid_ndcg"], settings
-    if options.shard:
+    def trained(model: str, settings: dict, seed: int, test: bool) -> dict:
+        """One training, from `runs` or made now."""
+        key = {"data": data.digest, "model": model, "settings": every_flag(model, settings), "seed": seed, "test": test}
+        print(f"{model}, {'test with ' * test}seed {seed}: {json.dumps(settings)}", flush=True)
+        return runs.get_or_make(key, lambda: train(data, model, settings, seed, options.device, test))
+
+    if options.shard:  # a part of the grid, on valid
+        jobs = [(model, settings) for model in models for settings in grid[model]]
+        for model, settings in jobs[shard::shards]:
+            trained(model, settings, options.tuning_seed, test=False)
         return
 
-    # -------------------------------------------------------------------------------------------- the chosen, on test
-    default = sasrec.Options.__dataclass_fields__["max_history"].default
+    # the counts, which have nothing to tune
+    max_history = sasrec.Options.__dataclass_fields__["max_history"].default
     results = {}
     for name, count in (("popularity", sasrec.popularity), ("markov", sasrec.markov)):
-        results[name] = measure(count(data.rows("train", default), len(data.sids)), data, default)
-    for model, (_, settings) in best.items():
-        each = []
-        for seed in seeds:
-            key = {"data": data.digest, "model": model, "settings": settings, "seed": seed, "test": True}
-            print(f"{model}, seed {seed}: {json.dumps(settings)}", flush=True)
-            each.append(
-                runs.get_or_make(key, lambda m=model, s=settings, n=seed: train(data, m, s, n, options.device, True))
-            )
+        results[name] = measure(count(data.rows("train", max_history), len(data.sids)), data, max_history)
+
+    # each model: the grid on valid, then the best of it on test
+    for model in models:
+        tuned = [trained(model, settings, options.tuning_seed, test=False)["valid_ndcg"] for settings in grid[model]]
+        best = grid[model][tuned.index(max(tuned))]
+        each = [trained(model, best, seed, test=True) for seed in seeds]
         seconds = round(statistics.median(result["seconds"] for result in each), 1)
-        results[model] = mean_and_spread(each) | {"settings": settings, "seconds": seconds}
+        results[model] = mean_and_spread(each) | {"settings": best, "seconds": seconds, "grid": tuned}
     show(results, options.dataset_dir, len(seeds))
     if options.json:
         print(json.dumps(results))
@@ -226,8 +228,10 @@ def show(results: dict[str, dict], dataset_dir: str, n_seeds: int) -> None:
         print(format_table(rows, CUTOFFS))
     for model, result in results.items():
         if "settings" in result:
-            print(f"{model}: {result['seconds']} s a training; {json.dumps(result['settings'])}")
+            tuned = ", ".join(f"{ndcg:.4f}" for ndcg in result["grid"])
+            print(f"{model}: {json.dumps(result['settings'])}, {result['seconds']} s a training; grid on valid {tuned}")
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # repeatable sums on a GPU
     run(main, Options)
