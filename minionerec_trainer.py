@@ -172,7 +172,8 @@ class ReReTrainer(GRPOTrainer):
         self._targets: list[int] = []
         self._seconds = dict.fromkeys(("generation", "log_probs", "update"), 0.0)
         # Now, before anything wraps `forward` in mixed precision, whose rounding would look like another model's.
-        with maybe_gather_lm_head_ctx(*self.model.parameters()):  # under ZeRO-3, else nothing
+        shared_out = (p for p in self.model.parameters() if hasattr(p, "ds_status"))  # under ZeRO-3, adapters are not
+        with maybe_gather_lm_head_ctx(*shared_out):
             require_tree_attention(self.model)
         if logp_space == "catalog":
             for model in filter(None, (self.model, self.ref_model)):
