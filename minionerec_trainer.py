@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from transformers.trainer_utils import speed_metrics
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -31,7 +31,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict
 import metrics
 from beam_search import beam_search, left_pad, recommend, sample
 from catalog import Catalog, Trie
-from lm_head import LMHead, allowed_log_probs
+from lm_head import LMHead, allowed_log_probs, unwrap_adapter
 from tree_attention import branch_mask_and_positions, require_tree_attention
 
 DRAWN = 1.5  # completions that dynamic sampling draws for each that it keeps
@@ -61,6 +61,24 @@ class CatalogOutput(NamedTuple):
 
     log_probs: torch.Tensor  # nats
     entropy: torch.Tensor  # nats
+
+
+@contextmanager
+def last_states(causal_lm, count: int):
+    """Let the body of a model return the states of the last `count` positions alone, so that its head sees no other.
+
+    On a GPU TRL's fused head skips positions without a label by itself; elsewhere it projects all that it is given.
+    """
+
+    def cut(body, inputs, output):
+        output.last_hidden_state = output.last_hidden_state[:, -count:]
+        return output
+
+    handle = causal_lm.base_model.register_forward_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def add_catalog_head(model, trie: Trie, temperature: float) -> None:
@@ -154,13 +172,12 @@ class ReReTrainer(GRPOTrainer):
         self._targets: list[int] = []
         self._seconds = dict.fromkeys(("generation", "log_probs", "update"), 0.0)
         # Now, before anything wraps `forward` in mixed precision, whose rounding would look like another model's.
-        with maybe_gather_lm_head_ctx(*self.model.parameters()):  # under ZeRO-3, else nothing
+        shared_out = (p for p in self.model.parameters() if hasattr(p, "ds_status"))  # under ZeRO-3, adapters are not
+        with maybe_gather_lm_head_ctx(*shared_out):
             require_tree_attention(self.model)
         if logp_space == "catalog":
             for model in filter(None, (self.model, self.ref_model)):
-                model = self.accelerator.unwrap_model(model)
-                causal_lm = model.get_base_model() if is_peft_model(model) else model
-                add_catalog_head(causal_lm, self.trie, self.temperature)
+                add_catalog_head(unwrap_adapter(self.accelerator.unwrap_model(model)), self.trie, self.temperature)
 
     # ---------------------------------------------------------------------------------------- generation
 
@@ -305,12 +322,12 @@ class ReReTrainer(GRPOTrainer):
                     parts.append((*(value.reshape(-1, kept) for value in part), None))
                     continue
                 labels = completions[chunk].masked_fill(completion_mask[chunk] == 0, -100).flatten(1)
-                nothing = torch.full_like(trunk[chunk], -100)
                 if compute_aux_loss:
                     inputs["output_router_logits"] = True
-                part = model(**inputs, shift_labels=torch.cat([nothing, labels], dim=1), fused_lm_head=True)
+                with last_states(unwrap_adapter(self.accelerator.unwrap_model(model)), labels.shape[1]):
+                    part = model(**inputs, shift_labels=labels, fused_lm_head=True)
             entropy = part.log_probs if part.entropy is None else part.entropy  # the reference computes none
-            values = (value[:, prompt_length - 1 :].reshape(-1, kept) for value in (part.log_probs, entropy))
+            values = (value.reshape(-1, kept) for value in (part.log_probs, entropy))
             parts.append((*values, part.aux_loss))
         log_probs, entropies, aux_losses = zip(*parts, strict=True)
         aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None

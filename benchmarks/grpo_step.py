@@ -13,8 +13,8 @@ the policy's forward and backward, and AdamW, on a Qwen2 of 45 million random we
 - vocab, catalog: `beam_search` and `ReReTrainer`'s log-probabilities, each prompt encoded once.
 
 Every side is a process of its own; the processes take turns, a step each, so that a busy machine slows all of them.
-Times are medians over rounds after one that is not counted. Ratios are over the faster plain side; memory is the
-process's peak (resident set, or allocated on the GPU), weights and optimizer included, ours in vocab over that of `logits`.
+Times are medians over rounds after one that is not counted. Memory is the process's peak (resident set, or allocated on
+the GPU), weights and optimizer included. The ratios without `_to_` are to the faster plain side.
 """
 
 import json
@@ -38,6 +38,7 @@ from cli import HfArg, UserError, run
 from minionerec_trainer import ReReTrainer, add_catalog_head
 
 SIDES = ("trl", "logits", "vocab", "catalog")
+PLAIN = SIDES[:2]
 PARTS = ("generation", "reference", "policy", "optimizer")
 BETA = 0.04
 
@@ -97,8 +98,8 @@ def be_side(options: Options, device: str) -> None:
     trie = random_trie(options.items).to(device)
     policy, reference = random_model(device, dtype), random_model(device, dtype)
     space = "catalog" if side == "catalog" else "vocab"
-    for model in (policy, reference):
-        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    for model, outputs in ((policy, ("log_probs", "entropy")), (reference, ("log_probs",))):  # as TRL has them
+        add_fused_lm_head(model, outputs=outputs)
         add_catalog_head(model, trie, 1.0)
     policy.train()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5)
@@ -109,7 +110,7 @@ def be_side(options: Options, device: str) -> None:
     advantages = torch.randn(options.prompts * options.completions, 1, generator=generator).to(device)
     rows, rows_mask = (x.repeat_interleave(options.completions, 0) for x in (ids, mask))
     log_probs_of = {"trl": step.plain, "logits": logits_log_probs}.get(side, step._get_per_token_logps_and_entropies)
-    if side in ("trl", "logits"):
+    if side in PLAIN:
         search = transformers_search(policy, trie, ids, mask, options.completions)
 
     def now() -> float:
@@ -121,7 +122,7 @@ def be_side(options: Options, device: str) -> None:
         times = [now()]
         with torch.no_grad():
             policy.eval()
-            if side in ("trl", "logits"):
+            if side in PLAIN:
                 completions = search().sequences[:, -LEVELS:]
             else:
                 completions = sids[
@@ -203,12 +204,15 @@ def main(options: Options) -> None:
         peak[side] = max(r["peak"] for r in rounds)
         cells = "".join(f"{value:>12.3f}" for value in (*median.values(), total[side]))
         print(f"{side:<10}{cells}{peak[side] / 2**20:>12,.0f}")
-    plain = min((total[side] for side in ("trl", "logits") if side in total), default=None)
     result = {"device": name}
+    for plain in set(PLAIN) & set(total):
+        for side in set(total) - set(PLAIN):
+            result[f"{side}_ratio_to_{plain}"] = round(total[plain] / total[side], 2)
+            result[f"{side}_memory_ratio_to_{plain}"] = round(peak[side] / peak[plain], 3)
+    stronger = min(set(PLAIN) & set(total), key=total.get, default=None)
     for side in ("vocab", "catalog"):
-        result[f"{side}_ratio"] = round(plain / total[side], 2) if plain and side in total else None
-    both = {"logits", "vocab"} <= set(peak)
-    result["memory_ratio"] = round(peak["vocab"] / peak["logits"], 3) if both else None
+        result[f"{side}_ratio"] = result.get(f"{side}_ratio_to_{stronger}")
+    result["memory_ratio"] = result.get(f"vocab_memory_ratio_to_{stronger}")
     if options.json:
         print(json.dumps(result))
 

@@ -369,6 +369,7 @@ def test_dead_groups_leave_the_loss(policy, world, tmp_path, loss_type):
     masked = trainer._generate_and_score_completions(rows)
     assert trainer._metrics["train"]["group/dead"] == [0.5]
     alone = {k: v[4:] if torch.is_tensor(v) and v.ndim else v for k, v in masked.items()}
+    alone["num_items_in_batch"] = torch.tensor(4 * 3)
 
     def loss_and_gradient(inputs, mask_all_zero):
         trainer.mask_all_zero = mask_all_zero
