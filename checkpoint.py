@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl.models import unwrap_model_for_generation
 
 from cli import UserError
 from data import PROMPT_FILE, Items
@@ -138,21 +139,22 @@ def add_lora(model, new_ids: list[int], r: int, alpha: float, dropout: float, ta
 # ------------------------------------------------------------------------------------------------ saving
 
 
-def save_trained(trainer, tokenizer, prompt_template: Path, folder: str | Path) -> None:
-    """Write a trainer's model as a whole checkpoint, adapters merged; every process calls it, the first one writes."""
-    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered, where it is sharded
-    if trainer.args.process_index == 0:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if isinstance(model, PeftModel):
-            model, state_dict = model.merge_and_unload(), None
-        save(model, tokenizer, prompt_template, folder, state_dict)
+def save_trained(trainer, prompt_template: Path, folder: str | Path) -> None:
+    """Write a trainer's model as a whole checkpoint, adapters merged.
+
+    Every process calls it, for ZeRO-3 gathers the weights from all; the first one writes.
+    """
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        if trainer.accelerator.is_main_process:
+            model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+            save(model, trainer.processing_class, prompt_template, folder)
 
 
-def save(model, tokenizer, prompt_template: Path, folder: str | Path, state_dict: dict | None = None) -> None:
+def save(model, tokenizer, prompt_template: Path, folder: str | Path) -> None:
     """Write a whole checkpoint: into temporary neighbours first, then file by file into `folder`."""
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    model.save_pretrained(temporary, state_dict=state_dict)
+    model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     shutil.copyfile(prompt_template, temporary / PROMPT_FILE)
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,19 +20,17 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from accelerate.utils import gather_object
 from transformers.trainer_utils import speed_metrics
 from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict
 
 import metrics
-from beam_search import beam_search, left_pad, recommend, sample
+from beam_search import beam_search, left_pad, sample
 from catalog import Catalog, Trie
 from lm_head import LMHead, allowed_log_probs, unwrap_adapter
 from tree_attention import branch_mask_and_positions, require_tree_attention
+from validation import Validation, model_for_search
 
 DRAWN = 1.5  # completions that dynamic sampling draws for each that it keeps
 MEAN_OVER_ROWS = ("grpo", "sapo", "dr_grpo", "luspo")  # losses of TRL that divide by rows, the masked ones included
@@ -167,8 +165,7 @@ class ReReTrainer(GRPOTrainer):
         self.add_gt = add_gt
         self.mask_all_zero = mask_all_zero
         self.test_beam = test_beam
-        self.validation = validation
-        self.eval_beams = eval_beams
+        self.validation = validation and Validation(*validation, catalog, self.trie, eval_beams, logp_space)
         self._targets: list[int] = []
         self._seconds = dict.fromkeys(("generation", "log_probs", "update"), 0.0)
         # Now, before anything wraps `forward` in mixed precision, whose rounding would look like another model's.
@@ -201,7 +198,7 @@ class ReReTrainer(GRPOTrainer):
         groups = prompt_ids[::num_generations]
         targets = torch.tensor(self._targets[::num_generations], device=self.accelerator.device)[:, None]
         ids, mask = left_pad(groups, self.processing_class.pad_token_id, self.accelerator.device)
-        with self._model_for_search() as model:
+        with model_for_search(self) as model:
             was_training = model.training
             model.eval()
             leaf = self._draw(model, ids, mask, targets)
@@ -219,17 +216,6 @@ class ReReTrainer(GRPOTrainer):
         completions = [self.completion_of_leaf[row] for row in leaf.flatten().tolist()]
         self._seconds["generation"] += self._now() - started
         return completions, None
-
-    @contextmanager
-    def _model_for_search(self):
-        """The policy out of its wrappers, its parameters gathered, in the precision that it is trained in."""
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
-            ) as model,
-            self.accelerator.autocast(),
-        ):
-            yield model
 
     def _draw(self, model, ids: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The groups of some prompts as rows of the catalog's SIDs, most probable first: (prompts, group)."""
@@ -372,23 +358,8 @@ class ReReTrainer(GRPOTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """HR and NDCG by item of constrained beam search on the validation rows, the same on any number of processes."""
         started = time.time()
-        prompts, targets = self.validation
-        process, world = self.accelerator.process_index, self.accelerator.num_processes
-        with self._model_for_search() as model:
-            leaves, _ = recommend(
-                model,
-                self.processing_class,
-                self.trie,
-                prompts[process::world],
-                self.eval_beams,
-                self.args.per_device_eval_batch_size,
-                space=self.logp_space,
-            )
-        _, ranks = metrics.sid_and_item_ranks(leaves, targets[process::world], self.catalog)
-        ranks = np.concatenate(gather_object([ranks]))
-        cutoffs = sorted({k for k in metrics.CUTOFFS if k <= self.eval_beams} | {min(10, self.eval_beams)})
-        result = {f"{metric_key_prefix}_{name}": value for name, value in metrics.table(ranks, cutoffs).items()}
-        result |= speed_metrics(metric_key_prefix, started, num_samples=len(prompts))
+        result = {f"{metric_key_prefix}_{name}": value for name, value in self.validation.measure(self).items()}
+        result |= speed_metrics(metric_key_prefix, started, num_samples=len(self.validation.prompts))
         self.log(result)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
         return result

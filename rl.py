@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig
-from trl.models import unwrap_model_for_generation
 
 import checkpoint
 from catalog import Catalog, read_index
@@ -242,7 +241,7 @@ def training_arguments(options: Options, completion_length: int, rewards: Sequen
         ref_model_mixup_alpha=options.ref_model_mixup_alpha,
         loss_type="dapo" if options.dapo else options.loss_type,
         importance_sampling_level="sequence" if options.gspo or options.loss_type == "luspo" else "token",
-        bf16=checkpoint.device_has_bf16() or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",
+        bf16=checkpoint.wants_bf16(),
         gradient_checkpointing=options.gradient_checkpointing,
         eval_strategy="steps",
         eval_steps=options.eval_step,
@@ -271,14 +270,6 @@ def adapter(options: Options) -> LoraConfig | None:
         lora_dropout=options.lora_dropout,
         target_modules=modules if modules == "all-linear" else [name.strip() for name in modules.split(",")],
     )
-
-
-def save(trainer: ReReTrainer, prompts: Prompts, options: Options) -> None:
-    """Write the checkpoint, adapters merged; every process takes part, for ZeRO-3 gathers the weights from all."""
-    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-        if trainer.accelerator.is_main_process:
-            model = model.merge_and_unload() if is_peft_model(model) else model
-            checkpoint.save(model, trainer.processing_class, prompts.path, options.output_dir)
 
 
 def report(trainer: ReReTrainer, metric: str) -> None:
@@ -325,7 +316,7 @@ def main(options: Options) -> None:
         checkpoint.last_checkpoint(options.output_dir) if state == "resume" else None
     )
     trainer.train(resume_from_checkpoint=resume)
-    save(trainer, prompts, options)
+    checkpoint.save_trained(trainer, prompts.path, options.output_dir)
     if args.process_index == 0:
         report(trainer, args.metric_for_best_model)
         checkpoint.remove_checkpoints(options.output_dir)

@@ -353,7 +353,7 @@ def main(options: Options) -> None:
         print(
             f"best {args.metric_for_best_model}: {trainer.state.best_metric:.4f}, {trainer.state.best_model_checkpoint}"
         )
-    checkpoint.save_trained(trainer, tokenizer, prompts.path, options.output_dir)
+    checkpoint.save_trained(trainer, prompts.path, options.output_dir)
     if main_process:
         checkpoint.remove_checkpoints(options.output_dir)
         finish(options.output_dir, options)

@@ -1,6 +1,7 @@
 """What a trainer measures on validation rows: HR, NDCG and MRR of constrained beam search, shared among processes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,19 @@ from beam_search import recommend
 from catalog import Catalog, Trie
 
 
+@contextmanager
+def model_for_search(trainer) -> Iterator:
+    """A trainer's model out of its wrappers, its parameters gathered, in the precision that it is trained in."""
+    gather = getattr(trainer.args, "ds3_gather_for_generation", True)
+    with (
+        unwrap_model_for_generation(
+            trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=gather
+        ) as model,
+        trainer.accelerator.autocast(),
+    ):
+        yield model
+
+
 class Validation(NamedTuple):
     """Validation rows and how to search them."""
 
@@ -20,6 +34,7 @@ class Validation(NamedTuple):
     catalog: Catalog
     trie: Trie
     beams: int
+    space: str = "vocab"
 
     @property
     def cutoffs(self) -> list[int]:
@@ -30,11 +45,7 @@ class Validation(NamedTuple):
         """HR@K, NDCG@K and MRR by item of a `transformers.Trainer`'s model; exact sums over its processes."""
         accelerator = trainer.accelerator
         process, world = accelerator.process_index, accelerator.num_processes
-        gather = getattr(trainer.args, "ds3_gather_for_generation", True)
-        with (
-            unwrap_model_for_generation(trainer.model_wrapped, accelerator, gather_deepspeed3_params=gather) as model,
-            accelerator.autocast(),
-        ):
+        with model_for_search(trainer) as model:
             leaves, _ = recommend(
                 model,
                 trainer.processing_class,
@@ -42,6 +53,7 @@ class Validation(NamedTuple):
                 self.prompts[process::world],
                 self.beams,
                 trainer.args.per_device_eval_batch_size,
+                space=self.space,
             )
         _, ranks = metrics.sid_and_item_ranks(leaves, self.targets[process::world], self.catalog)
         return metrics.table(np.concatenate(gather_object([ranks])), self.cutoffs)

@@ -4,7 +4,7 @@
         --output_dir output/experiments/industrial --bases tiny=output/base --jobs 2
 
 A plan names its runs. Each is a launcher with variables; `base` names a model of --bases, `start` the run whose
-checkpoint an RL run begins with, `only` the data sets it is for:
+checkpoint an RL run begins with, `rows` how many rows of valid and test are scored (all, if it is left out):
 
     seeds: [1, 2, 3]
     runs:
@@ -142,7 +142,7 @@ class Experiments:
         for split in ("valid", "test"):
             result = folder / f"{split}.json"
             scoring = {"BASE_MODEL": env["OUTPUT_DIR"], "TEST_DATA_PATH": getattr(self.data, split), "NUM_BEAMS": "50"}
-            scoring |= {"BATCH_SIZE": "64", "RESULT_JSON_DATA": str(result)}
+            scoring |= {"BATCH_SIZE": "64", "RESULT_JSON_DATA": str(result), "SAMPLE": str(settings.get("rows", -1))}
             self.launch("evaluate.sh", env | scoring, folder / "log.txt")
             metrics = json.loads(result.with_suffix(".metrics.json").read_text(encoding="utf-8"))
             line[split] = metrics["item"]

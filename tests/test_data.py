@@ -137,7 +137,12 @@ def random_world(seed):
     items = Items([f"<a_{i}><b_{i % 3}><c_{i // 3}>" for i in range(30)], [f"xq{i:02d}xq" for i in range(30)])
     walks = [rng.sample(range(30), 5) for _ in range(50)]
     return items, pl.DataFrame(
-        {"user": ["u"] * 50, "history": [w[:-1] for w in walks], "target": [w[-1] for w in walks]}
+        {
+            "user": ["u"] * 50,
+            "history": [w[:-1] for w in walks],
+            "target": [w[-1] for w in walks],
+            "preference": [f"likes things like {i}" for i in range(50)],
+        }
     )
 
 

@@ -338,8 +338,8 @@ def test_lora_trains_adapters_and_new_rows_and_saves_them_merged(tmp_path, name,
     trainer.model.eval()
     ids = torch.arange(90, 118)[None]
     expected = trainer.model(input_ids=ids).logits
-    tokenizer = checkpoint.load_tokenizer(base_model, "x")
-    checkpoint.save_trained(trainer, tokenizer, data.DEFAULT_TEMPLATE, tmp_path / "saved")
+    trainer.processing_class = checkpoint.load_tokenizer(base_model, "x")
+    checkpoint.save_trained(trainer, data.DEFAULT_TEMPLATE, tmp_path / "saved")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(plain(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
     saved = plain.state_dict()
