@@ -209,9 +209,11 @@ def environment(world, model, output, **settings):
 def assert_same_weights(first, second, start, tolerance):
     """Both runs moved, and by the same: the difference is short beside the way, tensor by tensor."""
     first, second, start = weights(first), weights(second), weights(start)
-    for name in start:
-        way, apart = (first[name] - start[name]).norm(), (first[name] - second[name]).norm()
-        assert way > 1e-4 and apart <= tolerance * way, (name, float(way), float(apart))
+    ways = {name: float((first[name] - start[name]).norm()) for name in start}
+    assert all(way > 1e-4 for name, way in ways.items() if "proj.weight" in name)  # what adapters reach
+    for name, way in ways.items():
+        apart = float((first[name] - second[name]).norm())
+        assert apart <= tolerance * way, (name, way, apart)
 
 
 @pytest.mark.slow
