@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import rewards
 from catalog import Catalog
@@ -168,3 +169,14 @@ def test_levels_belong_to_the_catalog_at_hand():
     assert prefix([A], [A], catalog=CATALOG) == [1]
     assert prefix([DEEP], ["<a_0><b_2><c_1>"], catalog=other) == pytest.approx([2 / 3])
     assert rewards._first_items(CATALOG)[CATALOG.row_of_sid[B]] == 4
+
+
+def test_the_readmes_own_reward(tmp_path):
+    snippets = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
+    [snippet] = [text.split("```")[0] for text in snippets if "def promoted" in text]
+    (tmp_path / "my_rewards.py").write_text(snippet)
+    [reward] = reward_functions("", 2, CATALOG, reward_module=f"{tmp_path}/my_rewards.py:promoted")
+    sids = [CATALOG.sids[CATALOG.sid_of_item[item]] for item in (3, 0)]
+    columns = {"target_sid": sids, "target_item": [3, 0], "history_items": [[], []], "task": ["sid_seq"] * 2}
+    expected = [float(CATALOG.items_of_sid[CATALOG.row_of_sid[sid]][0] in (3, 5, 8)) for sid in sids]
+    assert reward(completions=sids, **columns) == expected == [1.0, 0.0]
