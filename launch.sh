@@ -31,5 +31,5 @@ find_processes() {
     NNODES=${NNODES:-1}
     NODE_RANK=${NODE_RANK:-0}
     MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
-    MASTER_PORT=${MASTER_PORT:-29500}
+    MASTER_PORT=${MASTER_PORT:-$((NNODES > 1 ? 29500 : 0))} # 0: accelerate finds a free one
 }

@@ -14,4 +14,5 @@ esac
 prepare_environment
 ruff check .
 ruff format --check .
-exec python -m pytest "${selection[@]}"
+# One test at a time on each core: a test runs on one thread.
+exec python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal "${selection[@]}"
