@@ -216,8 +216,12 @@ def assert_same_weights(first, second, start, tolerance):
         assert apart <= tolerance * way, (name, way, apart)
 
 
+# Samples of an untrained policy seldom hit the target; its prefix they do, so that the first steps move the adapters.
+SAMPLED_LORA = {"BEAM_SEARCH": "False", "USE_LORA": "True", "LEARNING_RATE": 3e-3, "REWARD_TYPE": "rule,prefix"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"BEAM_SEARCH": "False", "USE_LORA": "True"}], ids=["beams", "sampled_lora"])
+@pytest.mark.parametrize("settings", [{}, SAMPLED_LORA], ids=["beams", "sampled_lora"])
 def test_killed_rl_resumes_to_the_same_weights(world, sft_model, tmp_path, settings):
     run_stage("rl.sh", env=environment(world, sft_model, tmp_path / "whole", **settings))
     killed = tmp_path / "killed"
