@@ -53,8 +53,8 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
 
 def _take(values: np.ndarray, begin: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """`values[begin[i]:begin[i] + lengths[i]]` for every i, one after the other."""
-    offset = np.arange(lengths.sum()) - np.repeat(_starts(lengths)[:-1], lengths)
-    return values[np.repeat(begin, lengths) + offset]
+    shift = np.repeat(begin - _starts(lengths)[:-1], lengths)
+    return values[shift + np.arange(len(shift))]
 
 
 # ------------------------------------------------------------------------------------------------ tokenising
@@ -68,13 +68,15 @@ def tokenize(pairs: Sequence[Pair], tokenizer, suffix: str, separator: str) -> R
     """
     prompts = pl.Series([prompt for prompt, _ in pairs])
     answers = pl.Series([answer + suffix for _, answer in pairs])
-    pieces = cut(prompts, tokenizer, separator)
-    if pieces is None:
-        pieces = Pieces.of(prompts.reshape((-1, 1)).arr.to_list())
+    found = cut(prompts, tokenizer, separator)
+    if found is None:
+        whole = Pieces.of(prompts.reshape((-1, 1)).arr.to_list())
+        found = whole, _ids(tokenizer, whole.texts)
+    pieces, ids = found
     answer_pieces = Pieces.of(answers.reshape((-1, 1)).arr.to_list())
 
     before, after = _special_ids(tokenizer)
-    encoded = [*_ids(tokenizer, pieces.texts), *_ids(tokenizer, answer_pieces.texts), before, after]
+    encoded = [*ids, *_ids(tokenizer, answer_pieces.texts), before, after]
     encoded.append([tokenizer.eos_token_id])
     lengths = np.array([len(ids) for ids in encoded])
     values, begin = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in encoded]), _starts(lengths)[:-1]
@@ -123,31 +125,34 @@ _MARK = "\x01"  # where a text is cut
 _LAST_WORD, _FIRST_WORD = re.compile(r"\S*\s*\Z"), re.compile(r"\s*\S*")
 
 
-def cut(prompts: pl.Series, tokenizer, separator: str) -> Pieces | None:
+def cut(prompts: pl.Series, tokenizer, separator: str) -> tuple[Pieces, list[list[int]]] | None:
     """`prompts` cut so that the ids of the pieces, joined, are those of the prompts; None where no such cut is known.
+
+    Returns the pieces, and the ids of each distinct one.
 
     A tokenizer always cuts beside its added tokens, here the SIDs'. Before the space of the `separator` of titles it
     is cut if the pre-tokenizer cuts there too, whatever words meet there. A sample is tokenised whole, to see that the
     tokenizer does not treat the beginning of a text in a way of its own.
     """
     sids = {token for token in tokenizer.get_added_vocab() if SID_TOKEN.fullmatch(token)}
-    apart = prompts.str.replace_all(f"({SID_TOKEN.pattern.replace('(', '(?:')})", f"{_MARK}${{1}}{_MARK}")
     if prompts.str.contains(_MARK, literal=True).any():
         return None
+    apart = prompts  # marked beside every angle bracket, which a search for SID tokens would take ten times as long for
+    for found, marked in ((">", f">{_MARK}"), ("<", f"{_MARK}<"), (_MARK * 2, _MARK)):
+        apart = apart.str.replace_all(found, marked, literal=True)
     sample = range(0, len(prompts), max(1, len(prompts) // SAMPLE))
     whole = _ids(tokenizer, prompts[list(sample)])
 
-    def tried(marked: pl.Series) -> Pieces | None:
+    def tried(marked: pl.Series) -> tuple[Pieces, list[list[int]]] | None:
         pieces = Pieces.of(marked.str.split(_MARK))
-        if any(SID_TOKEN.fullmatch(text) and text not in sids for text in pieces.texts):
-            return None  # looks like a SID token and is none
+        if any(("<" in text or ">" in text) and text not in sids for text in pieces.texts):
+            return None  # a bracket that is no SID token's
         starts = _starts(pieces.counts)
         if not _pre_tokenizer_agrees(pieces, starts, sids, tokenizer.backend_tokenizer):
             return None
-        parts = [
-            _ids(tokenizer, [pieces.texts[i] for i in pieces.index[starts[row] : starts[row + 1]]]) for row in sample
-        ]
-        return pieces if whole == [[i for ids in row for i in ids] for row in parts] else None
+        ids = _ids(tokenizer, pieces.texts)
+        joined = [[i for piece in pieces.index[starts[row] : starts[row + 1]] for i in ids[piece]] for row in sample]
+        return (pieces, ids) if joined == whole else None
 
     if " " in separator:
         space = separator.index(" ")
@@ -160,7 +165,7 @@ def cut(prompts: pl.Series, tokenizer, separator: str) -> Pieces | None:
 def _pre_tokenizer_agrees(pieces: Pieces, starts: np.ndarray, sids: set[str], backend) -> bool:
     """Whether the pre-tokenizer cuts between all neighbouring pieces of which neither is a SID token.
 
-    It is asked about the words that meet, each pair of them once and on a line of its own.
+    It is asked about the words that meet there, each of them beside some that it meets, a pair on a line of its own.
     """
     plain = np.array([bool(text) and text not in sids for text in pieces.texts])[pieces.index]
     meets = plain[:-1] & plain[1:]
@@ -172,11 +177,21 @@ def _pre_tokenizer_agrees(pieces: Pieces, starts: np.ndarray, sids: set[str], ba
     lasts, last = np.unique([_LAST_WORD.search(text[-64:]).group() for text in pieces.texts], return_inverse=True)
     firsts, first = np.unique([_FIRST_WORD.match(text).group() for text in pieces.texts], return_inverse=True)
     pairs = np.unique(last[pieces.index[:-1][meets]] * len(firsts) + first[pieces.index[1:][meets]])
+    pairs = pairs[_first_few(pairs // len(firsts)) | _first_few(pairs % len(firsts))]
     left, right = lasts[pairs // len(firsts)].tolist(), firsts[pairs % len(firsts)].tolist()
     spans = backend.pre_tokenizer.pre_tokenize_str("\n".join(a + b for a, b in zip(left, right, strict=True)))
     begins = np.array([begin for _, (begin, _) in spans])
     line = _starts(np.array([len(a) + len(b) + 1 for a, b in zip(left, right, strict=True)]))[:-1]
     return bool(np.isin(line + np.array([len(a) for a in left]), begins).all())
+
+
+def _first_few(values: np.ndarray, few: int = 4) -> np.ndarray:
+    """True for the first `few` places of each value. (n,) -> (n,)."""
+    order = np.argsort(values, kind="stable")
+    ranked = values[order]
+    mask = np.empty(len(values), dtype=bool)
+    mask[order] = np.arange(len(values)) - np.searchsorted(ranked, ranked) < few
+    return mask
 
 
 def tokenize_cached(pairs: Sequence[Pair], tokenizer, suffix: str, separator: str, cache_dir: str | Path) -> Rows:

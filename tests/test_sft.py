@@ -100,10 +100,10 @@ def test_tokens_are_the_tokenizers(name, separator, pairs, base_model):
     pairs = [*pairs, ("; ; a;b; , c, '; 1; ;x", "an answer; with a separator"), ("<a_1>; <a_9>;  <b_2>x", "<c_3>")]
     pairs = [(prompt.replace("; ", separator), answer) for prompt, answer in pairs]
     tokenizer.add_tokens([f"<{letter}_{code}>" for letter in "abc" for code in range(16)])
-    pieces = cut(pl.Series([prompt for prompt, _ in pairs]), tokenizer, separator)
-    assert (pieces is None) == (name == "metaspace first")  # it treats the beginning of a text apart
+    found = cut(pl.Series([prompt for prompt, _ in pairs]), tokenizer, separator)
+    assert (found is None) == (name == "metaspace first")  # it treats the beginning of a text apart
     cut_at_titles = separator != "|" and name != "metaspace uncut"
-    assert pieces is None or any(text.startswith(" Item") for text in pieces.texts) == cut_at_titles
+    assert found is None or any(text.startswith(" Item") for text in found[0].texts) == cut_at_titles
     rows = tokenize(pairs, tokenizer, "!", separator)
     for i, (prompt, answer) in enumerate(pairs):
         answer_ids = [*tokenizer(answer + "!", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -117,6 +117,8 @@ def test_a_lookalike_of_a_sid_token_is_tokenised_whole(base_model):
     prompts = pl.Series(["by <a_1>", "by <a_2>"])
     assert cut(prompts, tokenizer, "; ") is None and cut(prompts[:1], tokenizer, "; ") is not None
     assert cut(pl.Series(["\x01"]), tokenizer, "; ") is None
+    for text in ("a < b <a_1>", "1 <2> 3", "->", "<a_1"):
+        assert cut(pl.Series([text, "<a_1>"]), tokenizer, "; ") is None
 
 
 def test_cached_rows_are_read_and_another_tokenizer_misses(pairs, base_model, tmp_path, capsys, monkeypatch):
