@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Stage 5: GRPO over catalog-constrained completions, by accelerate. Edit the variables here or set them in the environment.
+# The defaults are the recipe of RESULTS.md: over three seeds on two data sets NDCG@10 rose and HR@10 and HR@20 did not fall.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source launch.sh
@@ -13,7 +14,7 @@ CATEGORY=${CATEGORY:-}                   # what the prompts call the items
 
 RL_TASKS=${RL_TASKS:-sid_seq}            # sid_seq, title2sid, title_seq2sid; title2sid:1000 takes 1000 rows of it
 SAMPLE_TRAIN=${SAMPLE_TRAIN:--1}         # rows of TRAIN_FILE, drawn by seed; -1: all
-NUM_GENERATIONS=${NUM_GENERATIONS:-16}
+NUM_GENERATIONS=${NUM_GENERATIONS:-32}   # wide groups hold the target more often
 LOGP_SPACE=${LOGP_SPACE:-vocab}          # vocab, or catalog: log-probabilities over what the trie allows
 BEAM_SEARCH=${BEAM_SEARCH:-True}         # False: the group is sampled
 TEMPERATURE=${TEMPERATURE:-1.0}
@@ -30,8 +31,8 @@ CF_PATH=${CF_PATH:-}                     # folder of sasrec.sh, for sasrec
 
 TRAIN_BATCH_SIZE=${TRAIN_BATCH_SIZE:-64} # completions of one forward on one process
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-32}
-GRADIENT_ACCUMULATION_STEPS=${GRADIENT_ACCUMULATION_STEPS:-2}
-NUM_TRAIN_EPOCHS=${NUM_TRAIN_EPOCHS:-2}
+GRADIENT_ACCUMULATION_STEPS=${GRADIENT_ACCUMULATION_STEPS:-8} # with 64 completions: 16 prompts a step
+NUM_TRAIN_EPOCHS=${NUM_TRAIN_EPOCHS:-1}
 NUM_ITERATIONS=${NUM_ITERATIONS:-1}      # optimizer steps on one generation
 LEARNING_RATE=${LEARNING_RATE:-1e-5}
 LR_SCHEDULER_TYPE=${LR_SCHEDULER_TYPE:-cosine}
@@ -43,7 +44,7 @@ DAPO=${DAPO:-False}
 GSPO=${GSPO:-False}
 EPSILON=${EPSILON:-0.2}
 EPSILON_HIGH=${EPSILON_HIGH:-0}          # 0: as EPSILON
-BETA=${BETA:-1e-3}                       # weight of the KL to the reference; 0: no reference
+BETA=${BETA:-0.04}                       # weight of the KL to the reference; 0: no reference
 SYNC_REF_MODEL=${SYNC_REF_MODEL:-False}
 REF_MODEL_SYNC_STEPS=${REF_MODEL_SYNC_STEPS:-512}
 REF_MODEL_MIXUP_ALPHA=${REF_MODEL_MIXUP_ALPHA:-0.6}
