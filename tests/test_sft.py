@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 import torch
 from conftest import INDUSTRIAL, QWEN_TOKENIZER, ROOT
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
@@ -174,12 +175,18 @@ def test_order_is_of_seed_and_epoch_and_ends_with_blanks():
     assert grouped < 0.1 < 0.3 < shuffled
 
 
+@functools.cache
+def industrial():
+    """(SIDs, items, train samples) of the real data set."""
+    sids = read_index(next(INDUSTRIAL.glob("index/*.index.json")))
+    items = Items(sids, read_titles(next(INDUSTRIAL.glob("index/*.item.json"))))
+    return sids, items, read_sequences(next(INDUSTRIAL.glob("train/*.csv")), sids, "train_file")
+
+
 @pytest.mark.skipif(not INDUSTRIAL.exists(), reason="the Industrial data set is not beside the project")
 @pytest.mark.parametrize("packing", [False, True])
 def test_padding_of_real_rows_stays_under_a_tenth(packing):
-    sids = read_index(next(INDUSTRIAL.glob("index/*.index.json")))
-    items = Items(sids, read_titles(next(INDUSTRIAL.glob("index/*.item.json"))))
-    train = read_sequences(next(INDUSTRIAL.glob("train/*.csv")), sids, "train_file")
+    sids, items, train = industrial()
     tokenizer = real_tokenizer("smollm2")
     tokenizer.add_tokens(codebook_tokens(sids))
     rows = tokenize(sft_pairs(data.parse_tasks(DEFAULT_TASKS), train, items, PROMPTS, 0)[::8], tokenizer, "", "; ")
@@ -235,11 +242,26 @@ def plain_loss_and_gradients(model, rows, side="right"):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("capacity", [0, 40])
 def test_loss_and_gradients_equal_the_plain_ones(name, capacity):
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(6, 20, 9).tolist()
-    rows = rows_of(lengths, generator.integers(1, 5, 9).tolist())
-    rows = rows._replace(tokens=generator.integers(1, 120, len(rows.tokens)).astype(np.int32))
-    model = random_model(name)
+    assert_loss_and_gradients_equal(random_model(name), random_rows(9), capacity)
+
+
+@pytest.mark.skipif(not INDUSTRIAL.exists(), reason="the Industrial data set is not beside the project")
+@pytest.mark.parametrize("capacity", [0, 200])
+def test_loss_and_gradients_equal_the_plain_ones_on_real_rows(capacity):
+    sids, items, train = industrial()
+    tokenizer = smollm2_tokenizer()
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(codebook_tokens(sids))
+    pairs = sft_pairs(dict.fromkeys(data.parse_tasks(DEFAULT_TASKS), 1), train, items, PROMPTS, 0)
+    rows = tokenize(pairs[:: len(pairs) // 12], tokenizer, "", "; ").trimmed(150)
+    config = copy.deepcopy(ARCHITECTURES["qwen2"])
+    config.vocab_size = len(tokenizer)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    assert_loss_and_gradients_equal(model, rows, capacity)
+
+
+def assert_loss_and_gradients_equal(model, rows, capacity):
     expected, gradients = plain_loss_and_gradients(model, rows)
 
     lines = Lines(rows, capacity)
@@ -250,7 +272,7 @@ def test_loss_and_gradients_equal_the_plain_ones(name, capacity):
     outputs = sft.AnswerLogits(model).of(labels, lambda: model(**batch, use_cache=False))
     loss = sft.answer_loss(outputs, labels)
     loss.backward()
-    assert seen == [(rows.answer.sum(), 120)]  # no logits but the answers'
+    assert seen == [(rows.answer.sum(), model.config.vocab_size)]  # no logits but the answers'
     assert loss.item() == pytest.approx(expected, abs=1e-6)
     for parameter, value in model.named_parameters():
         torch.testing.assert_close(value.grad, gradients[parameter], atol=1e-6, rtol=1e-5)
@@ -461,3 +483,36 @@ def test_rows_longer_than_the_models_positions_are_refused():
         UserError, match="the longest row has 300 tokens, the model 256 positions; lower --cutoff_len to 256"
     ):
         preflight.check_and_print(random_model("gpt2"), [], Lines(rows), order, None)
+
+
+# ------------------------------------------------------------------------------------------------ the whole stage
+
+
+@pytest.mark.parametrize("name, tokenizer", [("llama", "smollm2"), ("gpt2", "smollm2"), ("qwen2", "qwen2.5")])
+def test_any_causal_lm_folder_is_a_base_model(world, tmp_path, name, tokenizer):
+    tokenizer = real_tokenizer(tokenizer)
+    config = copy.deepcopy(ARCHITECTURES[name])
+    config.vocab_size = len(tokenizer)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    files = {
+        "train_file": world.train,
+        "eval_file": world.valid,
+        "sid_index_path": world.index,
+        "item_meta_path": world.items,
+    }
+    files |= {"base_model": tmp_path / "base", "output_dir": tmp_path / "sft", "cache_dir": tmp_path / "cache"}
+    options = {
+        "batch_size": 32,
+        "micro_batch_size": 16,
+        "num_epochs": 1,
+        "eval_step": 0.5,
+        "sft_tasks": "sid_seq,sid2title",
+    }
+    options |= {"metric_for_best_model": "NDCG@10", "sid_init": "text", "category": "Toys_and_Games"}
+    sft.main(sft.Options(**{key: str(value) for key, value in files.items()}, **options))
+    saved, base = load_file(tmp_path / "sft" / "model.safetensors"), load_file(tmp_path / "base" / "model.safetensors")
+    assert saved.keys() == base.keys() and any(not torch.equal(saved[key], base[key]) for key in base)
+    again = AutoTokenizer.from_pretrained(tmp_path / "sft")
+    assert len(again("<a_3><b_0><c_2>", add_special_tokens=False)["input_ids"]) == 3
+    AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
