@@ -121,6 +121,7 @@ def write_json(path: str | Path, content, indent: int | None = 2) -> None:
 # ------------------------------------------------------------------------------------------------ unfinished runs
 
 MARK = "stage.json"
+WRITTEN = ("output_dir", "cache_dir")  # options that name folders which a stage writes to
 
 
 def _fingerprint(options) -> dict:
@@ -128,7 +129,7 @@ def _fingerprint(options) -> dict:
     values = json.loads(json.dumps(dataclasses.asdict(options)))
     files = {}
     for name, value in values.items():
-        if isinstance(value, str) and value and name != "output_dir":
+        if isinstance(value, str) and value and name not in WRITTEN:
             paths = sorted(Path(value).iterdir()) if Path(value).is_dir() else [Path(value)]
             stats = [(path.name, path.stat()) for path in paths if path.is_file()]
             files[name] = [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]

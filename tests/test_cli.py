@@ -1,5 +1,6 @@
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -11,16 +12,19 @@ class Options:
     output_dir: str = HfArg(default="")
     data: str = HfArg(default="")
     lr: float = HfArg(default=1.0)
+    cache_dir: str = HfArg(default="")
 
 
 def test_begin_and_finish(tmp_path):
     """Complete and resume need the same options and the same input files, those of a folder included."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_text("1")
-    options = Options(output_dir=str(tmp_path / "out"), data=str(tmp_path / "model"))
+    options = Options(output_dir=str(tmp_path / "out"), data=str(tmp_path / "model"), cache_dir=str(tmp_path / "cache"))
     assert begin(options.output_dir, options) == "fresh"
     assert begin(options.output_dir, options) == "resume"
+    Path(options.cache_dir).mkdir()
     finish(options.output_dir, options)
+    (Path(options.cache_dir) / "rows.npz").write_text("what the stage wrote on its way")
     assert begin(options.output_dir, options) == "complete"
     (tmp_path / "model" / "weights").write_text("22")
     assert begin(options.output_dir, options) == "fresh"
