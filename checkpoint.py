@@ -119,17 +119,19 @@ def train_rows_alone(model, new_ids: list[int], flag_value: str):
     return get_peft_model(model, TrainableTokensConfig(token_indices=new_ids, target_modules=_embedding_names(model)))
 
 
-def add_lora(model, new_ids: list[int], r: int, alpha: float, dropout: float, target_modules: str):
-    """The model with LoRA adapters (arXiv 2106.09685) and the embedding rows of `new_ids` to train."""
-    targets = target_modules if target_modules == "all-linear" else target_modules.split(",")
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=targets,
-        trainable_token_indices=dict.fromkeys(_embedding_names(model), new_ids) if new_ids else None,
-        task_type="CAUSAL_LM",
+def lora_config(r: int, alpha: float, dropout: float, target_modules: str, **more) -> LoraConfig:
+    """LoRA adapters (arXiv 2106.09685) on `all-linear` layers, or on the named modules: `q_proj,v_proj`."""
+    if target_modules != "all-linear":
+        target_modules = [name.strip() for name in target_modules.split(",")]
+    return LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM", **more
     )
+
+
+def add_lora(model, new_ids: list[int], r: int, alpha: float, dropout: float, target_modules: str):
+    """The model with LoRA adapters and the embedding rows of `new_ids` to train."""
+    rows = dict.fromkeys(_embedding_names(model), new_ids) if new_ids else None
+    config = lora_config(r, alpha, dropout, target_modules, trainable_token_indices=rows)
     try:
         return get_peft_model(model, config)
     except ValueError as error:

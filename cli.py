@@ -31,7 +31,6 @@ __all__ = [
     "atomic_file",
     "begin",
     "finish",
-    "not_built",
     "read_json",
     "require_file",
     "run",
@@ -66,11 +65,6 @@ def run(main: Callable, options_class: type) -> None:
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-
-
-def not_built(flag: str, value, instead: str) -> UserError:
-    """The refusal of a flag that this version does not serve yet."""
-    return UserError(f"--{flag} {value} is not built yet: {instead}")
 
 
 def require_file(path: str | Path, flag: str) -> Path:

@@ -262,14 +262,7 @@ def adapter(options: Options) -> LoraConfig | None:
     """What --use_lora trains."""
     if not options.use_lora:
         return None
-    modules = options.lora_target_modules
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules=modules if modules == "all-linear" else [name.strip() for name in modules.split(",")],
-    )
+    return checkpoint.lora_config(options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target_modules)
 
 
 def report(trainer: ReReTrainer, metric: str) -> None:

@@ -19,20 +19,18 @@ from dataclasses import dataclass
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
-    Qwen2Config,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
 from benchmarks import movielens_rows
+from benchmarks.decode import VOCABULARY, random_model
 from cli import HfArg, UserError, run
 from sft import SFTTrainer
 from tokens import IGNORED, Collator, EpochOrder, Lines, tokenize
 
-VOCABULARY = 152_204
 WARM_UP = 2  # steps that are not counted
 
 
@@ -70,18 +68,9 @@ def measure(options: Options) -> dict:
     tokenizer = movielens_rows.tokenizer_of(options.tokenizer)
     # as many rows as an epoch's length groups are made of, and not fewer than the steps take
     rows = tokenize(movielens_rows.pairs(50 * options.batch_size), tokenizer, "", "; ").trimmed(512)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
-        max_position_embeddings=2048,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if rows.tokens.max() >= VOCABULARY:
+        raise UserError(f"--tokenizer {options.tokenizer}: {len(tokenizer)} tokens, expected at most {VOCABULARY}")
+    model = random_model("cpu", torch.float32)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
