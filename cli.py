@@ -14,6 +14,7 @@ A stage is a dataclass of options and a function of it:
 Booleans take `True`/`False`; an unknown flag or a bad value ends with one line and exit code 2.
 """
 
+import atexit
 import dataclasses
 import json
 import os
@@ -64,7 +65,21 @@ def run(main: Callable, options_class: type) -> None:
         if debug:
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
+    leave(0)
+
+
+def leave(code: int) -> None:
+    """End the process. One of several ends without taking Python down: a gloo thread that frees a tensor while that
+    happens aborts it, and DistributedDataParallel keeps gloo's threads alive even when its group is destroyed."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        atexit._run_exitfuncs()  # wandb and others finish there
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def require_file(path: str | Path, flag: str) -> Path:

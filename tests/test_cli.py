@@ -1,8 +1,12 @@
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from cli import HfArg, UserError, atomic_file, begin, finish, read_json, require_file, write_json
 
@@ -49,3 +53,43 @@ def test_reading(tmp_path):
     (tmp_path / "x").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="not valid JSON"):
         read_json(tmp_path / "x", "flag")
+
+
+ONE_OF_SEVERAL = """
+import atexit, os, sys
+import torch.distributed
+from dataclasses import dataclass
+from cli import UserError, run
+
+class Aborts:
+    def __del__(self, abort=os.abort):  # as a gloo thread does that frees a tensor while Python is taken down
+        abort()
+
+@dataclass
+class Options:
+    wrong: bool = False
+
+def main(options):
+    sys.aborts = Aborts()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{os.environ['STORE']}", rank=0, world_size=1)
+    atexit.register(print, "tracker finished")
+    print("result")
+    if options.wrong:
+        raise UserError("wrong")
+
+run(main, Options)
+"""
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_one_of_several_processes_ends_without_taking_python_down(tmp_path, wrong):
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_OF_SEVERAL, "--wrong", str(wrong)],
+        env=os.environ | {"STORE": str(tmp_path / "store")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == (2 if wrong else 0), done.stderr
+    assert done.stdout.split("\n") == ["result", "tracker finished", ""]
+    assert done.stderr.endswith("error: wrong\n" if wrong else "")
