@@ -1,20 +1,25 @@
-"""SFT and RL settings side by side: trained, scored on valid and on test, with several seeds, several at a time.
+"""SFT, RL and baselines side by side: trained, scored on valid and on test, with several seeds, several at a time.
 
     python -m benchmarks.experiments --plan benchmarks/plans/rl.yaml --dataset_dir ../shared/data/industrial \
         --output_dir output/experiments/industrial --bases tiny=output/base --jobs 2
 
 A plan names its runs. Each is a launcher with variables; `base` names a model of --bases, `start` the run whose
-checkpoint an RL run begins with, `rows` how many rows of valid and test are scored (all, if it is left out):
+checkpoint an RL run begins with, `cf` the one whose model its sasrec reward asks, `rows` how many rows of valid and
+test are scored (all, if it is left out):
 
     seeds: [1, 2, 3]
     runs:
       sft:  {stage: sft, base: tiny, env: {SFT_TASKS: sid_seq}}
+      gru:  {stage: sasrec, env: {MODEL: gru4rec}}
       rule: {stage: rl, start: sft, env: {REWARD_TYPE: rule}}
+      both: {stage: rl, start: sft, cf: gru, env: {REWARD_TYPE: "rule,sasrec"}}
 
 Every finished run is a line of `runs.jsonl`: a killed command goes on. Settings are compared by valid NDCG@10; test
-figures stand beside it, and choosing by them would be choosing on test. Scores are by item, with 50 beams.
+figures stand beside it, and choosing by them would be choosing on test. Scores are by item, with 50 beams. The second
+table sets each RL run against the start of the same seed, row by row.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -25,11 +30,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import yaml
 
+import metrics
 from cli import HfArg, UserError, require_file, run
 
 COLUMNS = ["valid NDCG@10", *(f"test {m}@{k}" for m in ("HR", "NDCG") for k in (1, 3, 5, 10, 20, 50))]
+METRICS = list(metrics.table(np.zeros(1)))
+NEEDS = ("start", "cf")  # keys of a run that name another run
 
 
 @dataclass
@@ -70,18 +80,19 @@ def read_plan(options: Options) -> tuple[dict, list[int]]:
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a plan ({error!r}); compare it with benchmarks/plans/rl.yaml") from None
     for name, settings in runs.items():
-        stage, start = settings.get("stage"), settings.get("start")
-        if stage not in ("sft", "rl") or (stage == "rl") != (start is not None) or (start and start not in runs):
+        stage, start, cf = (settings.get(key) for key in ("stage", *NEEDS))
+        known = stage in ("sft", "sasrec", "rl") and (stage == "rl") == (start is not None) >= (cf is not None)
+        if not known or any(other is not None and other not in runs for other in (start, cf)):
             raise UserError(
-                f"{path}: run {name} has stage {stage!r} and start {start!r}; expected sft, or rl with a run"
+                f"{path}: run {name} has stage {stage!r}, start {start!r} and cf {cf!r}; expected sft or sasrec, or rl "
+                "with another run as its start"
             )
     if options.only:
         wanted = options.only.split(",")
         for name in wanted:
             if name not in runs:
                 raise UserError(f"--only {options.only}: no run {name!r} in {path}, expected some of {', '.join(runs)}")
-            if runs[name].get("start"):
-                wanted.append(runs[name]["start"])
+            wanted += [runs[name][key] for key in NEEDS if key in runs[name]]
         runs = {name: settings for name, settings in runs.items() if name in wanted}
     return runs, [int(seed) for seed in options.seeds.split(",")] if options.seeds else seeds
 
@@ -101,14 +112,15 @@ class Experiments:
         self.done = {(line["run"], line["seed"]): line for line in map(json.loads, lines)}
 
     def key(self, name: str) -> dict:
-        """All that makes a run's result, its start's settings included."""
-        settings = dict(self.runs[name])
-        return settings | ({"start": self.key(settings["start"])} if "start" in settings else {})
+        """All that makes a run's result, the settings of the runs that it needs included."""
+        settings = self.runs[name]
+        return settings | {key: self.key(settings[key]) for key in NEEDS if key in settings}
 
     def environment(self, name: str, seed: int, place: int) -> dict[str, str]:
         settings, folder = self.runs[name], self.folder / f"{name}-{seed}"
         env = {
             "TRAIN_FILE": self.data.train, "EVAL_FILE": self.data.valid, "INFO_FILE": self.data.info,
+            "VALID_FILE": self.data.valid, "TEST_FILE": self.data.test,
             "SID_INDEX_PATH": self.data.index, "ITEM_META_PATH": self.data.items, "CATEGORY": self.options.category,
             "OUTPUT_DIR": folder / "model", "SEED": seed, "NPROC": 1, "MASTER_PORT": 29600 + place,
         }  # fmt: skip
@@ -116,8 +128,9 @@ class Experiments:
             if settings["base"] not in self.bases:
                 raise UserError(f"--bases {self.options.bases}: run {name} needs {settings['base']}=folder")
             env["BASE_MODEL"] = self.bases[settings["base"]]
-        else:
+        if settings["stage"] == "rl":
             env["MODEL_PATH"] = self.folder / f"{settings['start']}-{seed}" / "model"
+            env["CF_PATH"] = self.folder / f"{settings['cf']}-{seed}" / "model" if "cf" in settings else ""
             env["ACCELERATE_CONFIG"] = "config/ddp.yaml" if _has_gpu() else "config/cpu.yaml"
         return {key: str(value) for key, value in (env | settings.get("env", {})).items()}
 
@@ -127,9 +140,9 @@ class Experiments:
         if code:
             raise RuntimeError(f"{script} ended with {code}; see {log}")
 
-    def train_and_score(self, name: str, seed: int, place: int, start: Future | None) -> None:
-        if start:
-            start.result()
+    def train_and_score(self, name: str, seed: int, place: int, needed: list[Future]) -> None:
+        for future in needed:
+            future.result()
         settings = self.key(name)
         if (self.done.get((name, seed)) or {}).get("settings") == settings:
             return
@@ -140,12 +153,15 @@ class Experiments:
         trained = time.time() - started
         line = {"run": name, "seed": seed, "settings": settings, "seconds": round(trained)}
         for split in ("valid", "test"):
+            if settings["stage"] == "sasrec":
+                scores = json.loads((Path(env["OUTPUT_DIR"]) / "metrics.json").read_text(encoding="utf-8"))
+                line[split] = scores["valid" if split == "valid" else "item"]
+                continue
             result = folder / f"{split}.json"
             scoring = {"BASE_MODEL": env["OUTPUT_DIR"], "TEST_DATA_PATH": getattr(self.data, split), "NUM_BEAMS": "50"}
             scoring |= {"BATCH_SIZE": "64", "RESULT_JSON_DATA": str(result), "SAMPLE": str(settings.get("rows", -1))}
             self.launch("evaluate.sh", env | scoring, folder / "log.txt")
-            metrics = json.loads(result.with_suffix(".metrics.json").read_text(encoding="utf-8"))
-            line[split] = metrics["item"]
+            line[split] = json.loads(result.with_suffix(".metrics.json").read_text(encoding="utf-8"))["item"]
         with self.lock:
             self.done[name, seed] = line
             with open(self.log, "a", encoding="utf-8") as f:
@@ -155,11 +171,11 @@ class Experiments:
     def all(self) -> None:
         futures: dict[tuple[str, int], Future] = {}
         with ThreadPoolExecutor(self.options.jobs) as pool:
-            # Starts first: a run that waits for its start then never keeps that start from a free place.
+            # What is needed first: a run that waits for another then never keeps that one from a free place.
             for name in sorted(self.runs, key=lambda name: "start" in self.runs[name]):
                 for seed in self.seeds:
-                    start = futures.get((self.runs[name].get("start"), seed))
-                    futures[name, seed] = pool.submit(self.train_and_score, name, seed, len(futures), start)
+                    needed = [futures[self.runs[name][key], seed] for key in NEEDS if key in self.runs[name]]
+                    futures[name, seed] = pool.submit(self.train_and_score, name, seed, len(futures), needed)
         failed = [f"{name} seed {seed}: {f.exception()}" for (name, seed), f in futures.items() if f.exception()]
         if failed:
             raise UserError(f"{len(failed)} of {len(futures)} runs failed; {failed[0]}")
@@ -181,6 +197,39 @@ class Experiments:
             lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + f" | {seconds:.0f} |")
         return "\n".join(lines)
 
+    def differences(self) -> str:
+        """RL less its start, the mean over seeds, with 95 % intervals over the rows and each seed's NDCG@10."""
+        lines = ["| run less its start | " + " | ".join(COLUMNS) + " | seeds' test NDCG@10 |"]
+        lines += ["|---" * (len(COLUMNS) + 2) + "|"]
+        for name, settings in self.runs.items():
+            start = settings.get("start")
+            seeds = [seed for seed in self.seeds if {(name, seed), (start, seed)} <= self.done.keys()]
+            if not start or not seeds or settings.get("rows") or self.runs[start].get("rows"):
+                continue  # rows drawn by seed are others for each seed
+            cells = []
+            for column in COLUMNS:
+                split, metric = column.split()
+                gains = [self.gains(name, seed, split) - self.gains(start, seed, split) for seed in seeds]
+                gains = np.stack(gains)[:, :, METRICS.index(metric)] * 1e4  # (seeds, rows)
+                drawn = np.random.default_rng(0).integers(gains.shape[1], size=(1000, gains.shape[1]))
+                low, high = np.percentile(gains.mean(axis=0)[drawn].mean(axis=1), [2.5, 97.5])
+                cells.append(f"{gains.mean():+.0f} [{low:+.0f}, {high:+.0f}]")
+                if column == "test NDCG@10":
+                    each = " ".join(f"{gain:+.0f}" for gain in gains.mean(axis=1))
+            lines.append(f"| {name} | " + " | ".join(cells) + f" | {each} |")
+        return "\n".join(lines) if len(lines) > 2 else ""
+
+    @functools.cache  # noqa: B019 an object lives as long as the process
+    def gains(self, name: str, seed: int, split: str) -> np.ndarray:
+        """(rows, METRICS): the metrics of each row by itself, by item."""
+        rows = pl.read_parquet(self.folder / f"{name}-{seed}" / f"{split}.parquet")
+        ranks = []
+        for groups, target in zip(rows["predict_item_id"].to_list(), rows["item_id"].to_list(), strict=True):
+            items = [item for group in groups for item in group]
+            ranks.append(items.index(target) if target in items else metrics.MISSED)
+        distinct, inverse = np.unique(ranks, return_inverse=True)
+        return np.array([list(metrics.table(np.array([rank])).values()) for rank in distinct])[inverse]
+
 
 def _has_gpu() -> bool:
     import torch
@@ -197,6 +246,7 @@ def main(options: Options) -> None:
             experiments.all()
     finally:
         print(experiments.table())
+        print(f"\n{experiments.differences()}".rstrip())
 
 
 if __name__ == "__main__":
