@@ -5,7 +5,8 @@
 A Qwen2 of 45 million random weights (hidden 256, 6 layers, vocabulary 152,204), rows of the default tasks on
 MovieLens-100K. Plain: random batches padded to their longest row, logits of every position, the model's own loss. Ours:
 the trainer, batches and loss of sft.py. Each run is a process of its own, so that its peak memory is its own; the two
-take turns, and figures are medians over the steps of all rounds (of their medians, for memory).
+take turns, and figures are medians over the steps of all rounds (of their medians, for memory). Beside them stands
+what the preflight line of sft.py would have estimated for our side, without what the process held before its model.
 """
 
 import json
@@ -28,6 +29,7 @@ from transformers import (
 from benchmarks import movielens_rows
 from benchmarks.decode import VOCABULARY, random_model
 from cli import HfArg, UserError, run
+from preflight import memory_estimate
 from sft import SFTTrainer
 from tokens import IGNORED, Collator, EpochOrder, Lines, tokenize
 
@@ -63,13 +65,15 @@ class Clock(TrainerCallback):
 
 
 def measure(options: Options) -> dict:
-    """{"seconds": of each counted step, "bytes": the peak of the process, or of the GPU}."""
+    """{"seconds": of each counted step, "bytes": the peak, "before": the peak before there was a model}, and for our
+    side "estimate": the bytes of the preflight line. Of the process, or of the GPU."""
     steps = WARM_UP + options.steps
     tokenizer = movielens_rows.tokenizer_of(options.tokenizer)
     # as many rows as an epoch's length groups are made of, and not fewer than the steps take
     rows = tokenize(movielens_rows.pairs(50 * options.batch_size), tokenizer, "", "; ").trimmed(512)
     if rows.tokens.max() >= VOCABULARY:
         raise UserError(f"--tokenizer {options.tokenizer}: {len(tokenizer)} tokens, expected at most {VOCABULARY}")
+    figures = {"before": peak_memory()}
     model = random_model("cpu", torch.float32)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -81,6 +85,8 @@ def measure(options: Options) -> dict:
         if options.side == "ours":
             lines = Lines(rows)
             order = EpochOrder(lines.lengths, options.batch_size, 0, by_length=True)
+            estimate = memory_estimate(model, lines, options.batch_size, arguments.bf16, checkpointing=False)
+            figures["estimate"] = sum(estimate.values())
             trainer = SFTTrainer(
                 model=model, args=arguments, train_dataset=lines, data_collator=Collator(tokenizer.pad_token_id),
                 order=order, callbacks=[clock],
@@ -96,11 +102,13 @@ def measure(options: Options) -> dict:
                 model=model, args=arguments, train_dataset=dataset, data_collator=collator, callbacks=[clock]
             )
         trainer.train()
+    return figures | {"seconds": clock.seconds, "bytes": peak_memory()}
+
+
+def peak_memory() -> int:
     if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": clock.seconds, "bytes": peak}
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(options: Options) -> None:
@@ -126,6 +134,8 @@ def main(options: Options) -> None:
         print(f"{side:6}{time_of[side]:8.3f} s a step{peak_of[side] / 2**30:8.2f} GiB at most")
     ratios = {"time_ratio": time_of["plain"] / time_of["ours"], "memory_ratio": peak_of["ours"] / peak_of["plain"]}
     print(f"ours is {ratios['time_ratio']:.1f} times as fast, with {ratios['memory_ratio']:.2f} of the memory")
+    needed = (peak_of["ours"] - figures["before"]) / 2**30
+    print(f"ours needed {needed:.2f} GiB beside the process; estimated were {figures['estimate'] / 2**30:.2f}")
     if options.json:
         print(json.dumps({name: round(value, 3) for name, value in ratios.items()}))
 

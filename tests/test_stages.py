@@ -257,8 +257,12 @@ def test_frozen_llm_on_two_processes(world, sft_checkpoint, base_model, tmp_path
     old, new = len(base[name]), len(frozen[name])
     assert f"{(new - old) * base[name].shape[1]:,} trained" in done.stdout
     assert all(torch.equal(frozen[key][: len(base[key])], base[key]) for key in base)
-    random_start = frozen[name][old:].std()
-    assert new > old and random_start > 0
+    run_stage(
+        "sft.sh", env=environment | {"FREEZE_LLM": "True", "LEARNING_RATE": "0", "OUTPUT_DIR": tmp_path / "start"}
+    )
+    start = weights(tmp_path / "start")[name]
+    moved = (frozen[name][old:] != start[old:]).any(dim=1)
+    assert new > old and torch.equal(start[:old], frozen[name][:old]) and moved.all()
 
 
 def killed_midway(script, environment, output):
