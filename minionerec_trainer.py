@@ -166,6 +166,7 @@ class ReReTrainer(GRPOTrainer):
         self.mask_all_zero = mask_all_zero
         self.test_beam = test_beam
         self.validation = validation and Validation(*validation, catalog, self.trie, eval_beams, logp_space)
+        self.aux_loss_enabled = False  # transformers' load-balancing loss of experts cannot read a tree mask
         self._targets: list[int] = []
         self._seconds = dict.fromkeys(("generation", "log_probs", "update"), 0.0)
         # Now, before anything wraps `forward` in mixed precision, whose rounding would look like another model's.
@@ -251,7 +252,6 @@ class ReReTrainer(GRPOTrainer):
         logits_to_keep,
         batch_size=None,
         compute_entropy=False,
-        compute_aux_loss=False,
         **_,
     ):
         """As TRL's, with each prompt encoded once for the neighbouring rows that share it.
@@ -271,20 +271,16 @@ class ReReTrainer(GRPOTrainer):
             attention_mask[live],
             length - logits_to_keep,
             batch_size or rows,
-            compute_aux_loss,
         )
         if rows < len(live):
-            values = [
-                value.new_zeros(len(live), logits_to_keep).index_put((live,), value) if i < 2 else value
-                for i, value in enumerate(values)
-            ]
-        log_probs, entropies, aux_loss = values
+            values = [value.new_zeros(len(live), logits_to_keep).index_put((live,), value) for value in values]
+        log_probs, entropies = values
         if not torch.is_grad_enabled():
             self._seconds["log_probs"] += self._now() - started
-        return log_probs, entropies if compute_entropy else None, aux_loss
+        return log_probs, entropies if compute_entropy else None, None
 
-    def _shared_prompt_log_probs(self, model, input_ids, attention_mask, prompt_length, batch_size, compute_aux_loss):
-        """(log-probabilities, entropies, both (rows, completion), and the auxiliary loss or None)."""
+    def _shared_prompt_log_probs(self, model, input_ids, attention_mask, prompt_length, batch_size):
+        """Log-probabilities and entropies, both (rows, completion)."""
         rows, kept = len(input_ids), input_ids.shape[1] - prompt_length
         prompt, prompt_mask = input_ids[:, :prompt_length], attention_mask[:, :prompt_length]
         branches = run_lengths_gcd(torch.cat([prompt, prompt_mask], dim=1))
@@ -302,22 +298,19 @@ class ReReTrainer(GRPOTrainer):
             )
             tokens = torch.cat([trunk[chunk], branch[chunk]], dim=1)
             inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": position_ids}
+            if hasattr(self.model.config, "output_router_logits"):
+                inputs["output_router_logits"] = False
             with self.accelerator.autocast():
                 if self.logp_space == "catalog":
                     part = model(**inputs, completions=completions[chunk], completion_mask=completion_mask[chunk])
-                    parts.append((*(value.reshape(-1, kept) for value in part), None))
+                    parts.append([value.reshape(-1, kept) for value in part])
                     continue
                 labels = completions[chunk].masked_fill(completion_mask[chunk] == 0, -100).flatten(1)
-                if compute_aux_loss:
-                    inputs["output_router_logits"] = True
                 with last_states(unwrap_adapter(self.accelerator.unwrap_model(model)), labels.shape[1]):
                     part = model(**inputs, shift_labels=labels, fused_lm_head=True)
             entropy = part.log_probs if part.entropy is None else part.entropy  # the reference computes none
-            values = (value.reshape(-1, kept) for value in (part.log_probs, entropy))
-            parts.append((*values, part.aux_loss))
-        log_probs, entropies, aux_losses = zip(*parts, strict=True)
-        aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None
-        return [torch.cat(log_probs), torch.cat(entropies), aux_loss]
+            parts.append([value.reshape(-1, kept) for value in (part.log_probs, entropy)])
+        return [torch.cat(values) for values in zip(*parts, strict=True)]
 
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from beam_search import beam_search, left_pad
@@ -245,6 +246,26 @@ def test_training_moves_parameters_and_logs(policy, world, tmp_path):
     assert any(not torch.equal(before[n], p) for n, p in trainer.model.state_dict().items())
     logged = {key for entry in trainer.state.log_history for key in entry}
     assert {"rewards/rule/mean", "rewards/ndcg/mean", "group/HR@4", "test/HR@6", "kl"} <= logged
+
+
+@pytest.mark.parametrize("space", ["vocab", "catalog"])
+def test_a_mixture_of_experts_trains(policy, world, tmp_path, space):
+    """Without the load-balancing loss, which TRL would add and transformers cannot compute under a tree mask."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    config = Qwen2MoeConfig(
+        vocab_size=len(policy.tokenizer),
+        shared_expert_intermediate_size=16,
+        output_router_logits=True,
+        **sizes,
+        **heads,
+    )
+    torch.manual_seed(0)
+    experts = SimpleNamespace(**(vars(policy) | {"model": Qwen2MoeForCausalLM(config)}))
+    trainer = make_trainer(experts, world, tmp_path, logp_space=space, add_gt=True)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert any(not torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
 
 
 def test_groups_are_beams_and_rows_keep_their_own_target(policy, world, tmp_path):
