@@ -141,14 +141,15 @@ def add_lora(model, new_ids: list[int], r: int, alpha: float, dropout: float, ta
 # ------------------------------------------------------------------------------------------------ saving
 
 
-def save_trained(trainer, prompt_template: Path, folder: str | Path) -> None:
-    """Write a trainer's model as a whole checkpoint, adapters merged.
+def save_trained(trainer, prompt_template: Path, folder: str | Path, space: str = "vocab") -> None:
+    """Write a trainer's model as a whole checkpoint, adapters merged; `space` is what its scores are normalised over.
 
     Every process calls it, for ZeRO-3 gathers the weights from all; the first one writes.
     """
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
         if trainer.accelerator.is_main_process:
             model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+            model.config.sid_space = space
             save(model, trainer.processing_class, prompt_template, folder)
 
 

@@ -48,7 +48,10 @@ class Options:
     batch_size: int = HfArg(default=8, help="prompts a forward, at most")
     batch_tokens: int = HfArg(default=16384, help="tokens of prompts a forward, padding included, at most")
     num_beams: int = HfArg(default=50, help="beams: SIDs predicted for a row")
-    space: str = HfArg(default="vocab", help="vocab: scores over the whole vocabulary; catalog: over what may follow")
+    space: str = HfArg(
+        default="",
+        help="vocab: scores over the whole vocabulary; catalog: over what may follow; default: as the checkpoint's RL",
+    )
     exclude_seen: bool = HfArg(default=False, help="recommend no item of the row's own history")
     dtype: str = HfArg(default="", help="float32 or bfloat16; default: bfloat16 where a GPU has it")
     K: int = HfArg(default=0, help="predictions kept for each row in the JSON; 0: all")
@@ -65,7 +68,7 @@ class Options:
         for flag in ("batch_size", "batch_tokens", "num_beams"):
             if getattr(self, flag) < 1:
                 raise UserError(f"--{flag} {getattr(self, flag)}: expected at least 1")
-        if self.space not in SPACES:
+        if self.space not in ("", *SPACES):
             raise UserError(f"--space {self.space}: expected one of {', '.join(SPACES)}")
         self.dtype = self.dtype or ("bfloat16" if checkpoint.device_has_bf16() else "float32")
         if self.dtype not in DTYPES:
@@ -221,6 +224,7 @@ def main(options: Options) -> None:
     device = process.device if process.device.type != "cpu" else torch.device("cpu")
     tokenizer = checkpoint.load_tokenizer(options.base_model, "base_model")
     model = checkpoint.load_model(options.base_model, "base_model", DTYPES[options.dtype]).to(device)
+    options.space = options.space or getattr(model.config, "sid_space", "vocab")
     trie = catalog.trie(tokenizer).to(device)
     if options.max_new_tokens < trie.depth:
         raise UserError(f"--max_new_tokens {options.max_new_tokens}: the catalog's SIDs have up to {trie.depth} tokens")

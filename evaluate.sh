@@ -12,7 +12,7 @@ RESULT_JSON_DATA=${RESULT_JSON_DATA:-output/predictions.json}
 CATEGORY=${CATEGORY:-}                   # what the prompts call the items
 
 NUM_BEAMS=${NUM_BEAMS:-50}
-SPACE=${SPACE:-vocab}                    # or catalog: scores over what may follow, many times faster
+SPACE=${SPACE:-}                         # vocab or catalog; empty: the one that the checkpoint's RL used, else vocab
 EXCLUDE_SEEN=${EXCLUDE_SEEN:-False}      # recommend no item of the row's own history
 BATCH_SIZE=${BATCH_SIZE:-8}              # prompts a forward, at most
 BATCH_TOKENS=${BATCH_TOKENS:-16384}      # tokens of prompts a forward, at most

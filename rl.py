@@ -309,7 +309,7 @@ def main(options: Options) -> None:
         checkpoint.last_checkpoint(options.output_dir) if state == "resume" else None
     )
     trainer.train(resume_from_checkpoint=resume)
-    checkpoint.save_trained(trainer, prompts.path, options.output_dir)
+    checkpoint.save_trained(trainer, prompts.path, options.output_dir, options.logp_space)
     if args.process_index == 0:
         report(trainer, args.metric_for_best_model)
         checkpoint.remove_checkpoints(options.output_dir)

@@ -1,5 +1,6 @@
 """rl.py: what it refuses, what it reads, what it writes; two processes, a kill and DeepSpeed (slow)."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from conftest import N_ITEMS, ROOT, run_stage
 from safetensors.torch import load_file
 
 import checkpoint
+import evaluate
 import rl
 from cli import UserError
 from data import DEFAULT_TEMPLATE, Items, Prompts, parse_rl_tasks, read_info, read_sequences, rl_rows
@@ -182,6 +184,13 @@ def test_run(world, sft_model, reward_files, tmp_path, settings):
     names = {path.name for path in (tmp_path / "rl").iterdir()}
     assert {"config.json", "tokenizer.json", "prompt.yaml", "stage.json"} <= names
     assert not any(name.startswith(("checkpoint-", "adapter")) for name in names)
+    scored = evaluate.Options(
+        base_model=str(tmp_path / "rl"), test_data_path=str(world.test), info_file=str(world.info), num_beams=10,
+        result_json_data=str(tmp_path / "p.json"),
+    )  # fmt: skip
+    evaluate.main(scored)  # in the space that the policy was trained in, unless it is told another
+    metrics = json.loads((tmp_path / "p.metrics.json").read_text())
+    assert metrics["space"] == settings.get("logp_space", "vocab")
 
 
 # ------------------------------------------------------------------------------------------------ slow
