@@ -3,8 +3,8 @@
     python report.py --output_dir output/quickstart
 
 Reads the metrics that each stage of run.sh left in `output_dir` and the seconds in `output_dir/stages`; writes
-`results.json`: `{"popularity": {"HR@5": …}, "markov": …, "sasrec": …, "sft": …, "rl": …, "seconds": {stage: …}}`, by
-item over the full catalog, and prints it.
+`results.json`: `{"popularity": {"HR@5": …}, "markov": …, "sasrec": …, "gru4rec": …, "sft": …, "rl": …, "seconds":
+{stage: …}}`, by item over the full catalog, and prints it.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ FILES = {
     "popularity": "popularity/metrics.json",
     "markov": "markov/metrics.json",
     "sasrec": "sasrec/metrics.json",
+    "gru4rec": "gru4rec/metrics.json",
     "sft": "sft.metrics.json",
     "rl": "rl.metrics.json",
 }

@@ -203,6 +203,8 @@ def environment(world, model, output, **settings):
         "EVAL_FILE": world.valid,
         "INFO_FILE": world.info,
         "OUTPUT_DIR": output,
+        "REWARD_TYPE": "ranking",
+        "LOGP_SPACE": "vocab",
         "NUM_GENERATIONS": 4,
         "TRAIN_BATCH_SIZE": 16,
         "GRADIENT_ACCUMULATION_STEPS": 1,

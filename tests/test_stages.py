@@ -45,6 +45,7 @@ def rl_environment(world, model, output, **more):
         "INFO_FILE": world.info,
         "OUTPUT_DIR": output,
         "CATEGORY": "Toys_and_Games",
+        "REWARD_TYPE": "ranking",
         "NUM_GENERATIONS": 4,
         "TRAIN_BATCH_SIZE": 16,
         "GRADIENT_ACCUMULATION_STEPS": 1,
@@ -138,6 +139,12 @@ def test_launchers_explain_themselves_and_refuse_arguments(script):
     assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1
     unset = run_stage(f"{script}.sh", check=False)
     assert unset.returncode == 2 and "is not set" in unset.stderr and len(unset.stderr.strip().splitlines()) == 1
+
+
+def test_rl_sh_asks_for_the_model_that_its_reward_needs(world, sft_checkpoint, tmp_path):
+    environment = rl_environment(world, sft_checkpoint, tmp_path / "rl", REWARD_TYPE="rule,sasrec")
+    refused = run_stage("rl.sh", env=environment, check=False)
+    assert refused.returncode == 2 and "CF_PATH is not set" in refused.stderr and not (tmp_path / "rl").exists()
 
 
 @pytest.mark.parametrize(
@@ -328,17 +335,17 @@ def test_run_sh_on_a_folder_in_the_published_layout(world, tmp_path):
     }
     first = run_stage("run.sh", env=environment, timeout=1200)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert set(results) == {"popularity", "markov", "sasrec", "sft", "rl", "seconds"}
-    for model in ("popularity", "markov", "sasrec", "sft", "rl"):
+    assert set(results) == {"popularity", "markov", "sasrec", "gru4rec", "sft", "rl", "seconds"}
+    for model in ("popularity", "markov", "sasrec", "gru4rec", "sft", "rl"):
         assert set(results[model]) == {f"{m}@{k}" for m in ("HR", "NDCG") for k in (5, 10, 20)}
         assert f"{results[model]['HR@10']:.4f}" in first.stdout
     assert {"popularity", "sft", "rl", "rl_evaluate"} <= set(results["seconds"])
 
     started = time.monotonic()
     again = run_stage("run.sh", env=environment)
-    assert time.monotonic() - started < 20 and again.stdout.count("done before") == 8
+    assert time.monotonic() - started < 20 and again.stdout.count("done before") == 9
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
 
     (tmp_path / "out" / "stages" / "rl.done").unlink()  # as after a kill in the RL stage
     resumed = run_stage("run.sh", env=environment)
-    assert resumed.stdout.count("done before") == 6
+    assert resumed.stdout.count("done before") == 7
