@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stage 5: GRPO over catalog-constrained completions, by accelerate. Edit the variables here or set them in the environment.
 # The defaults are the recipe that helped on both data sets of RESULTS.md, with a small model: the reward is what a
-# collaborative model thinks of each beam, not rescaled, and a strong KL term says how far the policy goes for it.
+# collaborative model thinks of each beam, in units of the batch's deviation, against a strong KL term.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source launch.sh
@@ -26,7 +26,7 @@ ADD_GT=${ADD_GT:-False}
 REWARD_TYPE=${REWARD_TYPE:-sasrec}       # rule, ndcg, prefix, semantic, sasrec; ranking: rule,ndcg; ranking_only: ndcg
 REWARD_WEIGHTS=${REWARD_WEIGHTS:-}       # 1,0.5: a weight for each reward
 REWARD_MODULE=${REWARD_MODULE:-}         # path.py:name: a reward of your own
-SCALE_REWARDS=${SCALE_REWARDS:-none}     # group, batch or none: divide advantages by their deviation
+SCALE_REWARDS=${SCALE_REWARDS:-batch}    # divide advantages by the deviation of the group, the batch, or none
 ADA_PATH=${ADA_PATH:-}                   # item embeddings, for semantic
 CF_PATH=${CF_PATH:-}                     # folder of sasrec.sh (MODEL sasrec, gru4rec or caser), for sasrec
 
@@ -45,7 +45,7 @@ DAPO=${DAPO:-False}
 GSPO=${GSPO:-False}
 EPSILON=${EPSILON:-0.2}
 EPSILON_HIGH=${EPSILON_HIGH:-0}          # 0: as EPSILON
-BETA=${BETA:-1.0}                        # weight of the KL to the reference; 0: no reference. 0.04 with scaled rewards
+BETA=${BETA:-1.0}                        # weight of the KL to the reference; 0: no reference; GRPO's own is 0.04
 SYNC_REF_MODEL=${SYNC_REF_MODEL:-False}
 REF_MODEL_SYNC_STEPS=${REF_MODEL_SYNC_STEPS:-512}
 REF_MODEL_MIXUP_ALPHA=${REF_MODEL_MIXUP_ALPHA:-0.6}
