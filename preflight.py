@@ -16,7 +16,8 @@ def memory_estimate(model, lines: Lines, micro_batch_size: int, bf16: bool, chec
     activations: what a decoder layer keeps for its backward pass is about 8 vectors of the hidden size and 4 of the
     intermediate size a token (norms, q, k, v, attention, two residuals; gate, up, activation, product); with
     checkpointing one hidden vector a layer, and one layer's worth. logits: three float32 arrays (answer tokens,
-    vocabulary): the logits, their float copy and its gradient. An estimate; not compared with measured peaks.
+    vocabulary): the logits, their float copy and its gradient. It is for the longest rows, so rather more than the
+    peak; `benchmarks.sft_step` prints both.
     """
     config = model.config.get_text_config()
     parameters = sum(p.numel() for p in model.parameters())
