@@ -6,18 +6,20 @@
 Each prompt's group is its `num_generations` best beams, or as many samples under the catalog's trie; rewards are
 functions of the rows' own targets (rewards.py).
 Every --eval_step the model is tested on validation rows by constrained beam search, and the weights with the best
-NDCG@10 are saved. A killed run goes on from its last checkpoint when the same command is given again.
+NDCG@10 are saved: those that it started from, if no later ones are better (--keep_start). A killed run goes on from its last checkpoint when the same command is given again.
 """
 
 import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import LoraConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import GRPOConfig
 
 import checkpoint
@@ -113,6 +115,9 @@ class Options:
     eval_step: float = HfArg(default=0.1, help="evaluate and save every so many steps; below 1: share of all steps")
     test_during_training: bool = HfArg(default=False, help="log HR and NDCG of --test_beam beams on each batch")
     test_beam: int = HfArg(default=20, help="beams of the evaluations and of --test_during_training")
+    keep_start: bool = HfArg(
+        default=True, help="save the start's weights where no evaluation is better than the start's"
+    )
     resume_from_checkpoint: str = HfArg(default="", help="a checkpoint-N folder; default: where this run was killed")
     report_to: str = HfArg(default="", help="wandb or tensorboard beside the console; default: the console alone")
     wandb_project: str = HfArg(default="", help="log to this Weights & Biases project")
@@ -265,11 +270,27 @@ def adapter(options: Options) -> LoraConfig | None:
     return checkpoint.lora_config(options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target_modules)
 
 
-def report(trainer: ReReTrainer, metric: str) -> None:
-    """Print the validation metric before training and at its best."""
+def save_best(options: Options, trainer: ReReTrainer, prompt_template: Path) -> None:
+    """Write the weights with the best validation metric, print that metric, and end the stage. Every process calls it."""
+    metric, best = trainer.args.metric_for_best_model, trainer.state.best_metric
     start = next(entry[metric] for entry in trainer.state.log_history if metric in entry)
+    helped = best > start
+    if helped or not options.keep_start:
+        checkpoint.save_trained(trainer, prompt_template, options.output_dir, options.logp_space)
+    if trainer.args.process_index:
+        return
     print(f"validation {metric} before training: {start:.4f}")
-    print(f"best validation {metric}: {trainer.state.best_metric:.4f}, at {trainer.state.best_model_checkpoint}")
+    print(f"best validation {metric}: {best:.4f}, at {trainer.state.best_model_checkpoint}")
+    if not helped and options.keep_start:
+        print(
+            f"RL did not help on valid: {options.output_dir} gets the start's weights (--keep_start False: RL's best)"
+        )
+        unset_hf_deepspeed_config()  # under ZeRO-3 the model would be loaded in shards
+        model = checkpoint.load_model(options.model_path, "model_path")
+        model.config.sid_space = options.logp_space
+        checkpoint.save(model, trainer.processing_class, prompt_template, options.output_dir)
+    checkpoint.remove_checkpoints(options.output_dir)
+    finish(options.output_dir, options)
 
 
 def main(options: Options) -> None:
@@ -309,11 +330,7 @@ def main(options: Options) -> None:
         checkpoint.last_checkpoint(options.output_dir) if state == "resume" else None
     )
     trainer.train(resume_from_checkpoint=resume)
-    checkpoint.save_trained(trainer, prompts.path, options.output_dir, options.logp_space)
-    if args.process_index == 0:
-        report(trainer, args.metric_for_best_model)
-        checkpoint.remove_checkpoints(options.output_dir)
-        finish(options.output_dir, options)
+    save_best(options, trainer, prompts.path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stage 5: GRPO over catalog-constrained completions, by accelerate. Edit the variables here or set them in the environment.
 # The defaults are the recipe that helped on both data sets of RESULTS.md, with a small model: the reward is what a
-# collaborative model thinks of each beam, in units of the batch's deviation, against a strong KL term.
+# collaborative model thinks of each beam, as it is, against a strong KL term.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source launch.sh
@@ -26,7 +26,7 @@ ADD_GT=${ADD_GT:-False}
 REWARD_TYPE=${REWARD_TYPE:-sasrec}       # rule, ndcg, prefix, semantic, sasrec; ranking: rule,ndcg; ranking_only: ndcg
 REWARD_WEIGHTS=${REWARD_WEIGHTS:-}       # 1,0.5: a weight for each reward
 REWARD_MODULE=${REWARD_MODULE:-}         # path.py:name: a reward of your own
-SCALE_REWARDS=${SCALE_REWARDS:-batch}    # divide advantages by the deviation of the group, the batch, or none
+SCALE_REWARDS=${SCALE_REWARDS:-none}     # divide advantages by the deviation of the group, the batch, or none
 ADA_PATH=${ADA_PATH:-}                   # item embeddings, for semantic
 CF_PATH=${CF_PATH:-}                     # folder of sasrec.sh (MODEL sasrec, gru4rec or caser), for sasrec
 
@@ -45,7 +45,7 @@ DAPO=${DAPO:-False}
 GSPO=${GSPO:-False}
 EPSILON=${EPSILON:-0.2}
 EPSILON_HIGH=${EPSILON_HIGH:-0}          # 0: as EPSILON
-BETA=${BETA:-1.0}                        # weight of the KL to the reference; 0: no reference; GRPO's own is 0.04
+BETA=${BETA:-4.0}                        # weight of the KL to the reference; 0: no reference; with scaled rewards rather 0.04
 SYNC_REF_MODEL=${SYNC_REF_MODEL:-False}
 REF_MODEL_SYNC_STEPS=${REF_MODEL_SYNC_STEPS:-512}
 REF_MODEL_MIXUP_ALPHA=${REF_MODEL_MIXUP_ALPHA:-0.6}
@@ -58,9 +58,10 @@ LORA_DROPOUT=${LORA_DROPOUT:-0.0}
 LORA_TARGET_MODULES=${LORA_TARGET_MODULES:-all-linear}
 
 TEST_DURING_TRAINING=${TEST_DURING_TRAINING:-False}
-TEST_BEAM=${TEST_BEAM:-20}
-EVAL_STEP=${EVAL_STEP:-0.1}
-EVAL_ROWS=${EVAL_ROWS:-1000}
+TEST_BEAM=${TEST_BEAM:-50}               # beams of the evaluations: as many as will be scored in the end
+EVAL_STEP=${EVAL_STEP:-0.2}
+EVAL_ROWS=${EVAL_ROWS:--1}               # validation rows of an evaluation, drawn by SEED; -1: all
+KEEP_START=${KEEP_START:-True}           # the start's weights are kept where RL does not help on valid
 SEED=${SEED:-42}
 REPORT_TO=${REPORT_TO:-}                 # wandb or tensorboard; empty: the console, and wandb if WANDB_PROJECT is set
 WANDB_PROJECT=${WANDB_PROJECT:-}
@@ -108,5 +109,5 @@ exec accelerate launch --config_file "$ACCELERATE_CONFIG" --num_cpu_threads_per_
     --mask_all_zero "$MASK_ALL_ZERO" --gradient_checkpointing "$GRADIENT_CHECKPOINTING" --use_lora "$USE_LORA" \
     --lora_r "$LORA_R" --lora_alpha "$LORA_ALPHA" --lora_dropout "$LORA_DROPOUT" \
     --lora_target_modules "$LORA_TARGET_MODULES" --test_during_training "$TEST_DURING_TRAINING" \
-    --test_beam "$TEST_BEAM" --eval_step "$EVAL_STEP" --eval_rows "$EVAL_ROWS" --seed "$SEED" \
+    --test_beam "$TEST_BEAM" --eval_step "$EVAL_STEP" --eval_rows "$EVAL_ROWS" --keep_start "$KEEP_START" --seed "$SEED" \
     --report_to "$REPORT_TO" --wandb_project "$WANDB_PROJECT" --wandb_run_name "$WANDB_RUN_NAME"

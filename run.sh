@@ -143,7 +143,7 @@ stage sft_evaluate "the SFT model on the test rows" \
 
 stage rl "reinforcement learning from the SFT model" \
     env MODEL_PATH="$OUTPUT/sft" EVAL_FILE="$VALID" OUTPUT_DIR="$OUTPUT/rl" SAMPLE_TRAIN="${RL_ROWS:-12288}" \
-    CF_PATH="$OUTPUT/$TEACHER" TRAIN_BATCH_SIZE=512 GRADIENT_ACCUMULATION_STEPS=1 EVAL_STEP=0.2 EVAL_ROWS=-1 bash rl.sh
+    CF_PATH="$OUTPUT/$TEACHER" TRAIN_BATCH_SIZE=512 GRADIENT_ACCUMULATION_STEPS=1 bash rl.sh
 stage rl_evaluate "the RL model on the test rows" \
     env BASE_MODEL="$OUTPUT/rl" TEST_DATA_PATH="$TEST" RESULT_JSON_DATA="$OUTPUT/rl.json" BATCH_SIZE=32 bash evaluate.sh
 

@@ -63,6 +63,7 @@ def options(world, model, output, **settings):
         "learning_rate": 1e-3,
         "eval_step": 0.5,
         "test_beam": 10,
+        "keep_start": False,
     }
     return rl.Options(**defaults | settings)
 
@@ -193,6 +194,26 @@ def test_run(world, sft_model, reward_files, tmp_path, settings):
     assert metrics["space"] == settings.get("logp_space", "vocab")
 
 
+@pytest.mark.parametrize("helped, keep_start", [(False, True), (False, False), (True, True)])
+def test_the_start_is_kept_where_rl_does_not_help(world, sft_model, tmp_path, monkeypatch, capsys, helped, keep_start):
+    measured = rl.ReReTrainer.evaluate
+
+    def evaluate(self, *arguments, **keywords):
+        result = measured(self, *arguments, **keywords)
+        step = self.state.global_step
+        self.state.log_history[-1]["eval_NDCG@10"] = result["eval_NDCG@10"] = step if helped else 1 / (1 + step)
+        return result
+
+    monkeypatch.setattr(rl.ReReTrainer, "evaluate", evaluate)
+    settings = {"reward_type": "prefix", "logp_space": "catalog", "keep_start": keep_start}
+    rl.main(options(world, sft_model, tmp_path / "rl", **settings))
+    before, after = weights(sft_model), weights(tmp_path / "rl")
+    same = all(torch.equal(before[name], after[name]) for name in before)
+    assert same == (keep_start and not helped) == ("RL did not help on valid" in capsys.readouterr().out)
+    assert json.loads((tmp_path / "rl" / "config.json").read_text())["sid_space"] == "catalog"
+    assert not list((tmp_path / "rl").glob("checkpoint-*"))
+
+
 # ------------------------------------------------------------------------------------------------ slow
 
 
@@ -205,6 +226,7 @@ def environment(world, model, output, **settings):
         "OUTPUT_DIR": output,
         "REWARD_TYPE": "ranking",
         "LOGP_SPACE": "vocab",
+        "KEEP_START": "False",
         "NUM_GENERATIONS": 4,
         "TRAIN_BATCH_SIZE": 16,
         "GRADIENT_ACCUMULATION_STEPS": 1,

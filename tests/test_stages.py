@@ -46,6 +46,7 @@ def rl_environment(world, model, output, **more):
         "OUTPUT_DIR": output,
         "CATEGORY": "Toys_and_Games",
         "REWARD_TYPE": "ranking",
+        "KEEP_START": "False",
         "NUM_GENERATIONS": 4,
         "TRAIN_BATCH_SIZE": 16,
         "GRADIENT_ACCUMULATION_STEPS": 1,
