@@ -6,7 +6,7 @@
 Each prompt's group is its `num_generations` best beams, or as many samples under the catalog's trie; rewards are
 functions of the rows' own targets (rewards.py).
 Every --eval_step the model is tested on validation rows by constrained beam search, and the weights with the best
-NDCG@10 are saved: those that it started from, if no later ones are better (--keep_start). A killed run goes on from its last checkpoint when the same command is given again.
+--metric_for_best_model are saved: those that it started from, if no later ones are better (--keep_start). A killed run goes on from its last checkpoint when the same command is given again.
 """
 
 import importlib.util
@@ -40,6 +40,7 @@ from lm_head import SPACES
 from minionerec_trainer import ReReTrainer
 from rewards import names_of, parse_weights, reward_functions, unit_embeddings
 from sequential import load_checkpoint
+from validation import cutoffs_of
 
 LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
 SCALES = ("group", "batch", "none")
@@ -115,6 +116,7 @@ class Options:
     eval_step: float = HfArg(default=0.1, help="evaluate and save every so many steps; below 1: share of all steps")
     test_during_training: bool = HfArg(default=False, help="log HR and NDCG of --test_beam beams on each batch")
     test_beam: int = HfArg(default=20, help="beams of the evaluations and of --test_during_training")
+    metric_for_best_model: str = HfArg(default="", help="HR@K or NDCG@K; default: NDCG@10, or of fewer beams")
     keep_start: bool = HfArg(
         default=True, help="save the start's weights where no evaluation is better than the start's"
     )
@@ -146,6 +148,13 @@ class Options:
         for flag, kept, expected in rules:
             if not kept:
                 raise UserError(f"--{flag} {getattr(self, flag)}: expected {expected}")
+        self.metric_for_best_model = self.metric_for_best_model or f"NDCG@{min(10, self.test_beam)}"
+        known = [f"{metric}@{k}" for metric in ("HR", "NDCG") for k in cutoffs_of(self.test_beam)]
+        if self.metric_for_best_model not in known:
+            raise UserError(
+                f"--metric_for_best_model {self.metric_for_best_model}: expected, with --test_beam {self.test_beam}, one "
+                f"of {', '.join(known)}"
+            )
         parse_rl_tasks(self.rl_tasks)
         if self.report_to == "tensorboard" and not any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))):
             raise UserError("--report_to tensorboard: the package is not installed; pip install tensorboard")
@@ -254,7 +263,7 @@ def training_arguments(options: Options, completion_length: int, rewards: Sequen
         save_steps=options.eval_step,
         save_total_limit=1,
         load_best_model_at_end=True,
-        metric_for_best_model=f"eval_NDCG@{min(10, options.test_beam)}",
+        metric_for_best_model=f"eval_{options.metric_for_best_model}",
         greater_is_better=True,
         logging_steps=min(options.eval_step, 0.02),
         dataloader_pin_memory=torch.cuda.is_available(),

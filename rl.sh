@@ -35,7 +35,7 @@ EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-32}
 GRADIENT_ACCUMULATION_STEPS=${GRADIENT_ACCUMULATION_STEPS:-8} # with 64 completions: 16 prompts a step
 NUM_TRAIN_EPOCHS=${NUM_TRAIN_EPOCHS:-1}
 NUM_ITERATIONS=${NUM_ITERATIONS:-1}      # optimizer steps on one generation
-LEARNING_RATE=${LEARNING_RATE:-2e-4}     # for a model of a million weights; with large ones begin lower
+LEARNING_RATE=${LEARNING_RATE:-1e-4}     # for a model of a million weights; with large ones begin lower
 LR_SCHEDULER_TYPE=${LR_SCHEDULER_TYPE:-cosine}
 WARMUP_RATIO=${WARMUP_RATIO:-0.03}
 WEIGHT_DECAY=${WEIGHT_DECAY:-0.0}
@@ -61,6 +61,7 @@ TEST_DURING_TRAINING=${TEST_DURING_TRAINING:-False}
 TEST_BEAM=${TEST_BEAM:-50}               # beams of the evaluations: as many as will be scored in the end
 EVAL_STEP=${EVAL_STEP:-0.2}
 EVAL_ROWS=${EVAL_ROWS:--1}               # validation rows of an evaluation, drawn by SEED; -1: all
+METRIC_FOR_BEST_MODEL=${METRIC_FOR_BEST_MODEL:-NDCG@50} # or HR@K, NDCG@K; the whole list is the steadiest judge of few rows
 KEEP_START=${KEEP_START:-True}           # the start's weights are kept where RL does not help on valid
 SEED=${SEED:-42}
 REPORT_TO=${REPORT_TO:-}                 # wandb or tensorboard; empty: the console, and wandb if WANDB_PROJECT is set
@@ -109,5 +110,6 @@ exec accelerate launch --config_file "$ACCELERATE_CONFIG" --num_cpu_threads_per_
     --mask_all_zero "$MASK_ALL_ZERO" --gradient_checkpointing "$GRADIENT_CHECKPOINTING" --use_lora "$USE_LORA" \
     --lora_r "$LORA_R" --lora_alpha "$LORA_ALPHA" --lora_dropout "$LORA_DROPOUT" \
     --lora_target_modules "$LORA_TARGET_MODULES" --test_during_training "$TEST_DURING_TRAINING" \
-    --test_beam "$TEST_BEAM" --eval_step "$EVAL_STEP" --eval_rows "$EVAL_ROWS" --keep_start "$KEEP_START" --seed "$SEED" \
+    --test_beam "$TEST_BEAM" --eval_step "$EVAL_STEP" --eval_rows "$EVAL_ROWS" --seed "$SEED" \
+    --metric_for_best_model "$METRIC_FOR_BEST_MODEL" --keep_start "$KEEP_START" \
     --report_to "$REPORT_TO" --wandb_project "$WANDB_PROJECT" --wandb_run_name "$WANDB_RUN_NAME"

@@ -26,6 +26,11 @@ def model_for_search(trainer) -> Iterator:
         yield model
 
 
+def cutoffs_of(beams: int) -> list[int]:
+    """The K of the metrics: none beyond the beams, and the least of 10 and the beams among them."""
+    return sorted({k for k in metrics.CUTOFFS if k <= beams} | {min(10, beams)})
+
+
 class Validation(NamedTuple):
     """Validation rows and how to search them."""
 
@@ -38,8 +43,7 @@ class Validation(NamedTuple):
 
     @property
     def cutoffs(self) -> list[int]:
-        """The K of the metrics: none beyond the beams, and the least of 10 and the beams among them."""
-        return sorted({k for k in metrics.CUTOFFS if k <= self.beams} | {min(10, self.beams)})
+        return cutoffs_of(self.beams)
 
     def measure(self, trainer) -> dict[str, float]:
         """HR@K, NDCG@K and MRR by item of a `transformers.Trainer`'s model; exact sums over its processes."""

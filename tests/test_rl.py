@@ -132,6 +132,10 @@ def test_reward_files_must_fit_the_catalog(world, sft_model, reward_files, tmp_p
 @pytest.mark.parametrize(
     "settings, message",
     [
+        (
+            {"metric_for_best_model": "NDCG@20"},
+            "--metric_for_best_model NDCG@20: expected, with --test_beam 10, one of",
+        ),
         ({"logp_space": "items"}, "--logp_space items: expected vocab or catalog"),
         ({"loss_type": "ppo"}, "--loss_type ppo: expected one of grpo, dapo"),
         ({"loss_type": "bnpo", "dapo": True}, "--dapo True: expected False beside --loss_type bnpo"),
@@ -227,6 +231,7 @@ def environment(world, model, output, **settings):
         "REWARD_TYPE": "ranking",
         "LOGP_SPACE": "vocab",
         "KEEP_START": "False",
+        "METRIC_FOR_BEST_MODEL": "NDCG@10",
         "NUM_GENERATIONS": 4,
         "TRAIN_BATCH_SIZE": 16,
         "GRADIENT_ACCUMULATION_STEPS": 1,

@@ -47,6 +47,7 @@ def rl_environment(world, model, output, **more):
         "CATEGORY": "Toys_and_Games",
         "REWARD_TYPE": "ranking",
         "KEEP_START": "False",
+        "METRIC_FOR_BEST_MODEL": "NDCG@10",
         "NUM_GENERATIONS": 4,
         "TRAIN_BATCH_SIZE": 16,
         "GRADIENT_ACCUMULATION_STEPS": 1,
