@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stage 5: GRPO over catalog-constrained completions, by accelerate. Edit the variables here or set them in the environment.
-# The defaults are the recipe that helped on both data sets of RESULTS.md, with a small model: the reward is what a
-# collaborative model thinks of each beam, as it is, against a strong KL term.
+# The defaults are the recipe of RESULTS.md, found with a small model: the reward is what a collaborative model thinks of
+# each beam, as it is, against a strong KL term. It raised every metric on one data set, on the other HR@50 alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source launch.sh
