@@ -65,13 +65,14 @@ def run(main: Callable, options_class: type) -> None:
         if debug:
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        leave(2)
-    leave(0)
+        leave_group(2)
+        sys.exit(2)
+    leave_group(0)
 
 
-def leave(code: int) -> None:
-    """End the process. One of several ends without taking Python down: a gloo thread that frees a tensor while that
-    happens aborts it, and DistributedDataParallel keeps gloo's threads alive even when its group is destroyed."""
+def leave_group(code: int) -> None:
+    """End a process that is one of several, without taking Python down: a gloo thread that frees a tensor meanwhile
+    aborts it, and DistributedDataParallel keeps gloo's threads alive even when its group is destroyed."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
@@ -79,7 +80,6 @@ def leave(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)
 
 
 def require_file(path: str | Path, flag: str) -> Path:

@@ -224,7 +224,8 @@ def test_mixed_depth_survives_sft_rl_and_evaluation(mixed_world, base_model, tmp
     run_stage("sft.sh", env=files | sft)
     rl = {"MODEL_PATH": tmp_path / "sft", "OUTPUT_DIR": tmp_path / "rl", "NUM_TRAIN_EPOCHS": 1, "EVAL_STEP": 0.5}
     rl |= {"NUM_GENERATIONS": 4, "TRAIN_BATCH_SIZE": 16, "GRADIENT_ACCUMULATION_STEPS": 1, "TEST_BEAM": 10}
-    run_stage("rl.sh", env=files | rl | {"LEARNING_RATE": 1e-3})
+    rl |= {"REWARD_TYPE": "ranking", "METRIC_FOR_BEST_MODEL": "NDCG@10", "LEARNING_RATE": 1e-3}
+    run_stage("rl.sh", env=files | rl)
     evaluation = {"BASE_MODEL": tmp_path / "rl", "RESULT_JSON_DATA": tmp_path / "out.json", "NUM_BEAMS": N_ITEMS}
     run_stage("evaluate.sh", env=files | evaluation)
     predictions = json.loads((tmp_path / "out.json").read_text())
