@@ -339,6 +339,7 @@ def main(options: Options) -> None:
         checkpoint.last_checkpoint(options.output_dir) if state == "resume" else None
     )
     trainer.train(resume_from_checkpoint=resume)
+    trainer.accelerator.wait_for_everyone()  # the checkpoints go, and another process may be loading the best of them
     save_best(options, trainer, prompts.path)
 
 

@@ -349,6 +349,7 @@ def main(options: Options) -> None:
         checkpoint.last_checkpoint(options.output_dir) if state == "resume" else None
     )
     trainer.train(resume_from_checkpoint=resume)
+    trainer.accelerator.wait_for_everyone()  # the checkpoints go, and another process may be loading the best of them
     if main_process:
         print(
             f"best {args.metric_for_best_model}: {trainer.state.best_metric:.4f}, {trainer.state.best_model_checkpoint}"
