@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+from transformers.hf_argparser import HfArg
 
-from catalog import read_index
-from cli import HfArg, UserError, atomic_file, require_file, run
-from data import read_titles
+from minionerec.catalog.items import read_titles
+from minionerec.catalog.sids import read_index
+from minionerec.common.errors import UserError
+from minionerec.common.files import atomic_file, require_file
+from minionerec.common.options import run
 from preprocess.splits import SPLITS
 
 

@@ -10,60 +10,17 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import polars as pl
 import yaml
 
-from catalog import canonical_sid
-from cli import UserError, read_json, require_file
+from minionerec.catalog.items import Items
+from minionerec.common.errors import UserError
+from minionerec.common.files import read_json, require_file
+from minionerec.language_model.checkpoints import PROMPT_FILE
+from minionerec.language_model.tokenizing import Pair
 
-PROMPT_FILE = "prompt.yaml"
 DEFAULT_TEMPLATE = Path(__file__).parent / "config" / PROMPT_FILE
-
-# ------------------------------------------------------------------------------------------------ items
-
-
-def read_titles(path: str | Path, flag: str = "item_meta_path") -> list[str]:
-    """Titles, row i is item i, from an `item.json`; white space is collapsed. Raises `UserError` on a gap."""
-    content = read_json(path, flag)
-    titles = []
-    for item in range(len(content)):
-        meta = content.get(str(item))
-        if meta is None:
-            raise UserError(f"{path}: item {item} is missing, expected ids 0..{len(content) - 1} without gaps")
-        if not isinstance(meta, dict) or not isinstance(meta.get("title"), str):
-            raise UserError(f'{path}: item {item} has {str(meta)[:60]!r}, expected an object with a string "title"')
-        titles.append(" ".join(meta["title"].split()))
-    return titles
-
-
-class Items(NamedTuple):
-    """What a prompt can say of an item; row i is item i."""
-
-    sids: list[str]
-    titles: list[str]
-
-
-def read_info(path: str | Path, flag: str = "info_file") -> Items:
-    """Items of an info file, `sid \\t title \\t item_id` a line. Raises `UserError` naming the line."""
-    path = require_file(path, flag)
-    sids: dict[int, str] = {}
-    titles: dict[int, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
-        sid, _, rest = line.partition("\t")
-        title, _, item = rest.rpartition("\t")
-        if canonical_sid(sid) != sid or not sid or not item.strip().isdecimal():
-            raise UserError(f"{path}, line {number}: found {line[:80]!r}, expected 'SID<tab>title<tab>item id'")
-        sids[int(item)], titles[int(item)] = sid, title
-    if not sids or sorted(sids) != list(range(len(sids))):
-        raise UserError(
-            f"{path}: found {len(sids)} item ids, expected each of 0..n-1 once; run convert_dataset.sh again"
-        )
-    return Items([sids[i] for i in range(len(sids))], [titles[i] for i in range(len(sids))])
-
-
-# ------------------------------------------------------------------------------------------------ sequences
 
 
 def _list_column(table: pl.DataFrame, column: str, path: Path) -> pl.Series:
@@ -147,15 +104,6 @@ def read_preferences(path: str | Path, flag: str = "user_preference_file") -> pl
     return pl.DataFrame({"user": list(content), "preference": [" ".join(text.split()) for text in content.values()]})
 
 
-def target_counts(sequences: pl.DataFrame, n_items: int) -> list[int]:
-    """How often each item is a target, as a list of length `n_items`: popularity."""
-    counts = dict(sequences.group_by("target").len().iter_rows())
-    return [counts.get(item, 0) for item in range(n_items)]
-
-
-# ------------------------------------------------------------------------------------------------ prompts
-
-
 class Prompts:
     """The wording of `config/prompt.yaml` for one category."""
 
@@ -212,11 +160,6 @@ def template_of(checkpoint: str | Path, given: str = "") -> Path:
 def next_sid_prompts(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> list[str]:
     """The SID history -> next SID prompt of each sample: what evaluation and RL ask, and SFT's first task."""
     return [prompts.render("sid_seq", history=prompts.sid_history(h, items)) for h in sequences["history"].to_list()]
-
-
-# ------------------------------------------------------------------------------------------------ SFT tasks
-
-Pair = tuple[str, str]  # (prompt, answer)
 
 
 def _sequence_task(task: str, history: Callable, answer: Callable) -> Callable:
@@ -321,8 +264,6 @@ def sft_pairs(
         rows += random.Random(f"{seed} {name}").sample(pairs, extra)
     return rows
 
-
-# ------------------------------------------------------------------------------------------------ RL prompts
 
 RL_TASKS = ("sid_seq", "title2sid", "title_seq2sid")
 

@@ -24,14 +24,21 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
+from transformers.hf_argparser import HfArg
 
-import checkpoint
-import metrics
-from beam_search import length_batches, recommend_batch
-from catalog import Catalog, Trie
-from cli import HfArg, UserError, atomic_file, begin, require_file, run, write_json
-from data import Items, Prompts, next_sid_prompts, read_info, read_sequences, target_counts, template_of
-from lm_head import SPACES
+from data import Prompts, next_sid_prompts, read_sequences, template_of
+from minionerec.catalog.catalog import Catalog, target_counts
+from minionerec.catalog.items import Items, read_info
+from minionerec.catalog.trie import Trie
+from minionerec.common.devices import device_has_bf16
+from minionerec.common.errors import UserError
+from minionerec.common.files import atomic_file, require_file, write_json
+from minionerec.common.options import run
+from minionerec.common.runs import begin
+from minionerec.decoding.beam_search import length_batches, recommend_batch
+from minionerec.decoding.lm_head import SPACES
+from minionerec.evaluation import metrics
+from minionerec.language_model.checkpoints import load_model, load_tokenizer
 
 PARTS = 256  # at most so many part files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -70,7 +77,7 @@ class Options:
                 raise UserError(f"--{flag} {getattr(self, flag)}: expected at least 1")
         if self.space not in ("", *SPACES):
             raise UserError(f"--space {self.space}: expected one of {', '.join(SPACES)}")
-        self.dtype = self.dtype or ("bfloat16" if checkpoint.device_has_bf16() else "float32")
+        self.dtype = self.dtype or ("bfloat16" if device_has_bf16() else "float32")
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
 
@@ -222,8 +229,8 @@ def main(options: Options) -> None:
 
     # Plain "cpu": to "cpu:0", a rank's name for it, weights are copied to other alignments and sums round otherwise.
     device = process.device if process.device.type != "cpu" else torch.device("cpu")
-    tokenizer = checkpoint.load_tokenizer(options.base_model, "base_model")
-    model = checkpoint.load_model(options.base_model, "base_model", DTYPES[options.dtype]).to(device)
+    tokenizer = load_tokenizer(options.base_model, "base_model")
+    model = load_model(options.base_model, "base_model", DTYPES[options.dtype]).to(device)
     options.space = options.space or getattr(model.config, "sid_space", "vocab")
     trie = catalog.trie(tokenizer).to(device)
     if options.max_new_tokens < trie.depth:

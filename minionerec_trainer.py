@@ -25,12 +25,13 @@ from transformers.trainer_utils import speed_metrics
 from trl import GRPOTrainer
 from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict
 
-import metrics
-from beam_search import beam_search, left_pad, sample
-from catalog import Catalog, Trie
-from lm_head import LMHead, allowed_log_probs, unwrap_adapter
-from tree_attention import branch_mask_and_positions, require_tree_attention
-from validation import Validation, model_for_search
+from minionerec.catalog.catalog import Catalog
+from minionerec.catalog.trie import Trie
+from minionerec.decoding.beam_search import beam_search, left_pad, sample
+from minionerec.decoding.lm_head import LMHead, allowed_log_probs, unwrap_adapter
+from minionerec.decoding.tree_attention import branch_mask_and_positions, require_tree_attention
+from minionerec.evaluation import metrics
+from minionerec.evaluation.validation import Validation, model_for_search
 
 DRAWN = 1.5  # completions that dynamic sampling draws for each that it keeps
 MEAN_OVER_ROWS = ("grpo", "sapo", "dr_grpo", "luspo")  # losses of TRL that divide by rows, the masked ones included

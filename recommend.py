@@ -22,14 +22,19 @@ from itertools import islice
 
 import polars as pl
 import torch
+from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
-import checkpoint
-from beam_search import recommend
-from catalog import Catalog
-from cli import HfArg, UserError, require_file, run
-from data import Items, Prompts, next_sid_prompts, read_info, read_sequences, target_counts, template_of
-from lm_head import SPACES
+from data import Prompts, next_sid_prompts, read_sequences, template_of
+from minionerec.catalog.catalog import Catalog, target_counts
+from minionerec.catalog.items import Items, read_info
+from minionerec.common.devices import device_has_bf16
+from minionerec.common.errors import UserError
+from minionerec.common.files import require_file
+from minionerec.common.options import run
+from minionerec.decoding.beam_search import recommend
+from minionerec.decoding.lm_head import SPACES
+from minionerec.language_model.checkpoints import load_model, load_tokenizer
 
 
 @dataclass
@@ -151,9 +156,9 @@ class Recommender:
     def loaded(self) -> tuple:
         """(model, tokenizer, trie), on first use: a history that names nothing is refused before."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if checkpoint.device_has_bf16() else torch.float32
-        tokenizer = checkpoint.load_tokenizer(self.options.base_model, "base_model")
-        model = checkpoint.load_model(self.options.base_model, "base_model", dtype).to(device)
+        dtype = torch.bfloat16 if device_has_bf16() else torch.float32
+        tokenizer = load_tokenizer(self.options.base_model, "base_model")
+        model = load_model(self.options.base_model, "base_model", dtype).to(device)
         return model, tokenizer, self.catalog.trie(tokenizer).to(device)
 
     def __call__(self, histories: Sequence[Sequence[int]]) -> list[list[dict]]:

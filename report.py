@@ -10,8 +10,11 @@ Reads the metrics that each stage of run.sh left in `output_dir` and the seconds
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import HfArg, read_json, require_file, run, write_json
-from metrics import format_table
+from transformers.hf_argparser import HfArg
+
+from minionerec.common.files import read_json, require_file, write_json
+from minionerec.common.options import run
+from minionerec.evaluation.metrics import format_table
 
 FILES = {
     "popularity": "popularity/metrics.json",

@@ -19,28 +19,33 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import LoraConfig
+from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import GRPOConfig
 
-import checkpoint
-from catalog import Catalog, read_index
-from cli import HfArg, UserError, begin, finish, require_file, run
-from data import (
-    Prompts,
-    next_sid_prompts,
-    parse_rl_tasks,
-    read_info,
-    read_sequences,
-    read_titles,
-    rl_rows,
-    target_counts,
-    template_of,
+from data import Prompts, next_sid_prompts, parse_rl_tasks, read_sequences, rl_rows, template_of
+from minionerec.baselines.models import load_checkpoint
+from minionerec.catalog.catalog import Catalog, target_counts
+from minionerec.catalog.items import read_info, read_titles
+from minionerec.catalog.sids import read_index
+from minionerec.common.devices import wants_bf16
+from minionerec.common.errors import UserError
+from minionerec.common.files import require_file
+from minionerec.common.options import run
+from minionerec.common.runs import begin, finish
+from minionerec.decoding.lm_head import SPACES
+from minionerec.evaluation.validation import cutoffs_of
+from minionerec.language_model.adapters import lora_config
+from minionerec.language_model.checkpoints import (
+    last_checkpoint,
+    load_model,
+    load_tokenizer,
+    remove_checkpoints,
+    save,
+    save_trained,
 )
-from lm_head import SPACES
+from minionerec.rewards.registry import names_of, parse_weights, reward_functions, unit_embeddings
 from minionerec_trainer import ReReTrainer
-from rewards import names_of, parse_weights, reward_functions, unit_embeddings
-from sequential import load_checkpoint
-from validation import cutoffs_of
 
 LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
 SCALES = ("group", "batch", "none")
@@ -255,7 +260,7 @@ def training_arguments(options: Options, completion_length: int, rewards: Sequen
         ref_model_mixup_alpha=options.ref_model_mixup_alpha,
         loss_type="dapo" if options.dapo else options.loss_type,
         importance_sampling_level="sequence" if options.gspo or options.loss_type == "luspo" else "token",
-        bf16=checkpoint.wants_bf16(),
+        bf16=wants_bf16(),
         gradient_checkpointing=options.gradient_checkpointing,
         eval_strategy="steps",
         eval_steps=options.eval_step,
@@ -276,7 +281,7 @@ def adapter(options: Options) -> LoraConfig | None:
     """What --use_lora trains."""
     if not options.use_lora:
         return None
-    return checkpoint.lora_config(options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target_modules)
+    return lora_config(options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target_modules)
 
 
 def save_best(options: Options, trainer: ReReTrainer, prompt_template: Path) -> None:
@@ -285,7 +290,7 @@ def save_best(options: Options, trainer: ReReTrainer, prompt_template: Path) -> 
     start = next(entry[metric] for entry in trainer.state.log_history if metric in entry)
     helped = best > start
     if helped or not options.keep_start:
-        checkpoint.save_trained(trainer, prompt_template, options.output_dir, options.logp_space)
+        save_trained(trainer, prompt_template, options.output_dir, options.logp_space)
     if trainer.args.process_index:
         return
     print(f"validation {metric} before training: {start:.4f}")
@@ -295,10 +300,10 @@ def save_best(options: Options, trainer: ReReTrainer, prompt_template: Path) -> 
             f"RL did not help on valid: {options.output_dir} gets the start's weights (--keep_start False: RL's best)"
         )
         unset_hf_deepspeed_config()  # under ZeRO-3 the model would be loaded in shards
-        model = checkpoint.load_model(options.model_path, "model_path")
+        model = load_model(options.model_path, "model_path")
         model.config.sid_space = options.logp_space
-        checkpoint.save(model, trainer.processing_class, prompt_template, options.output_dir)
-    checkpoint.remove_checkpoints(options.output_dir)
+        save(model, trainer.processing_class, prompt_template, options.output_dir)
+    remove_checkpoints(options.output_dir)
     finish(options.output_dir, options)
 
 
@@ -314,12 +319,12 @@ def main(options: Options) -> None:
     if state == "complete":
         return
     if state == "fresh" and args.process_index == 0:
-        checkpoint.remove_checkpoints(options.output_dir)
+        remove_checkpoints(options.output_dir)
 
     rows = Dataset.from_dict(rl_rows(train, items, prompts, parse_rl_tasks(options.rl_tasks), options.seed))
     trainer = ReReTrainer(
-        model=checkpoint.load_model(options.model_path, "model_path"),
-        processing_class=checkpoint.load_tokenizer(options.model_path, "model_path"),
+        model=load_model(options.model_path, "model_path"),
+        processing_class=load_tokenizer(options.model_path, "model_path"),
         reward_funcs=rewards,
         args=args,
         train_dataset=rows,
@@ -335,9 +340,7 @@ def main(options: Options) -> None:
         validation=(next_sid_prompts(valid, items, prompts), valid["target"].to_list()),
         eval_beams=options.test_beam,
     )
-    resume = options.resume_from_checkpoint or (
-        checkpoint.last_checkpoint(options.output_dir) if state == "resume" else None
-    )
+    resume = options.resume_from_checkpoint or (last_checkpoint(options.output_dir) if state == "resume" else None)
     trainer.train(resume_from_checkpoint=resume)
     trainer.accelerator.wait_for_everyone()  # the checkpoints go, and another process may be loading the best of them
     save_best(options, trainer, prompts.path)

@@ -129,7 +129,7 @@ if [ -z "$BASE_MODEL" ]; then
     BASE_MODEL=$OUTPUT/base
     FROM_SCRATCH=True
     stage base_model "a small language model's config and a tokenizer of this data" \
-        python -m preprocess.base_model --kind tiny --item_meta_path "$ITEMS" --output_dir "$BASE_MODEL"
+        python -m minionerec.language_model.base_model --kind tiny --item_meta_path "$ITEMS" --output_dir "$BASE_MODEL"
 fi
 
 stage sft "supervised fine-tuning" \

@@ -13,34 +13,46 @@ A killed run goes on from its last checkpoint when the same command is given aga
 
 import importlib.util
 import os
-import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import speed_metrics
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
 
-import checkpoint
-import preflight
-from catalog import Catalog, codebook_tokens, read_index
-from cli import HfArg, UserError, begin, finish, require_file, run
 from data import (
     DEFAULT_TASKS,
     DEFAULT_TEMPLATE,
-    Items,
     Prompts,
     next_sid_prompts,
     parse_tasks,
     read_preferences,
     read_sequences,
-    read_titles,
     sft_pairs,
-    target_counts,
 )
-from tokens import IGNORED, Collator, EpochOrder, Lines, tokenize_cached
-from validation import Validation
+from minionerec.catalog.catalog import Catalog, target_counts
+from minionerec.catalog.items import Items, read_titles
+from minionerec.catalog.sids import codebook_tokens, read_index
+from minionerec.common.devices import wants_bf16
+from minionerec.common.errors import UserError
+from minionerec.common.files import require_file
+from minionerec.common.options import run
+from minionerec.common.runs import begin, finish
+from minionerec.evaluation.validation import Validation
+from minionerec.language_model import memory as preflight
+from minionerec.language_model.adapters import add_lora, train_rows_alone
+from minionerec.language_model.batches import Collator, EpochOrder, Lines
+from minionerec.language_model.checkpoints import (
+    last_checkpoint,
+    load_model,
+    load_tokenizer,
+    new_model,
+    remove_checkpoints,
+    save_trained,
+)
+from minionerec.language_model.new_tokens import add_tokens
+from minionerec.language_model.sft_trainer import SFTTrainer
+from minionerec.language_model.tokenizing import tokenize_cached
 
 
 @dataclass
@@ -139,82 +151,6 @@ class Options:
         return self.batch_size // unit
 
 
-# ------------------------------------------------------------------------------------------------ the trainer
-
-
-class AnswerLogits:
-    """Lets the LM head see the positions alone that predict a token of an answer: (answer tokens, vocabulary) logits.
-
-    A hook on the head, so that whatever wraps the model (DDP, DeepSpeed, PEFT) and whatever the model does to its
-    logits stays as it is. Outside `of`, the model is as before.
-    """
-
-    def __init__(self, model):
-        self.keep: torch.Tensor | None = None  # (lines, length), True where the next token is an answer's
-        model.get_output_embeddings().register_forward_pre_hook(self._gather)
-
-    def _gather(self, head, arguments):
-        return arguments if self.keep is None else (arguments[0][self.keep],)
-
-    def of(self, labels: torch.Tensor, forward):
-        """`forward()` with logits at the positions that predict a token of `labels` (lines, length) alone."""
-        self.keep = torch.zeros_like(labels, dtype=torch.bool)
-        self.keep[:, :-1] = labels[:, 1:] != IGNORED
-        try:
-            return forward()
-        finally:
-            self.keep = None
-
-
-def answer_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-    """Cross-entropy in nats over the answers' tokens: their sum over `num_items_in_batch`, or their mean."""
-    wanted = labels[:, 1:][labels[:, 1:] != IGNORED]
-    total = torch.nn.functional.cross_entropy(outputs.logits.float(), wanted, reduction="sum")
-    return total / (max(len(wanted), 1) if num_items_in_batch is None else num_items_in_batch)
-
-
-class SFTTrainer(Trainer):
-    """`transformers.Trainer` with logits for answers alone, one order on any number of processes, exact evaluation."""
-
-    def __init__(self, *args, order: EpochOrder, validation: Validation | None = None, **kwargs):
-        super().__init__(*args, compute_loss_func=answer_loss, **kwargs)
-        self.order, self.validation = order, validation
-        self.answer_logits = AnswerLogits(self.model)
-        self.model_accepts_loss_kwargs = False  # the loss is made here; the model is told nothing of it
-
-    def _get_train_sampler(self, train_dataset=None):
-        return self.order
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        usual = super().compute_loss
-        return self.answer_logits.of(inputs["labels"], lambda: usual(model, inputs, *args, **kwargs))
-
-    @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The loss in nats a token over all rows of the evaluation set; HR and NDCG too where `validation` is given."""
-        started, lines, accelerator = time.time(), self.eval_dataset, self.accelerator
-        size, world = self.args.per_device_eval_batch_size, accelerator.num_processes
-        order = np.array(EpochOrder(lines.lengths, size * world, seed=0, by_length=True).order())
-        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # nats, tokens
-        self.model.eval()
-        for rows in order.reshape(-1, world, size)[:, accelerator.process_index].tolist():
-            batch = self._prepare_inputs(self.data_collator([lines[row] for row in rows]))
-            labels = batch.pop("labels")
-            outputs = self.answer_logits.of(labels, lambda batch=batch: self.model(**batch, use_cache=False))
-            sums += torch.stack([answer_loss(outputs, labels, 1).double(), (labels != IGNORED).sum()])
-        self.model.train()
-        nats, tokens = accelerator.reduce(sums).tolist()
-        result = {"loss": nats / tokens} | (self.validation.measure(self) if self.validation else {})
-        result = {f"{metric_key_prefix}_{name}": value for name, value in result.items()}
-        result |= speed_metrics(metric_key_prefix, started, num_samples=len(lines))
-        self.log(result)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
-        return result
-
-
-# ------------------------------------------------------------------------------------------------ the stage
-
-
 def training_arguments(options: Options) -> TrainingArguments:
     if options.wandb_project:
         os.environ["WANDB_PROJECT"] = options.wandb_project
@@ -231,7 +167,7 @@ def training_arguments(options: Options) -> TrainingArguments:
         lr_scheduler_type=options.lr_scheduler_type,
         warmup_steps=options.warmup_ratio,  # below 1: a share of all steps
         weight_decay=options.weight_decay,
-        bf16=checkpoint.wants_bf16(),
+        bf16=wants_bf16(),
         gradient_checkpointing=options.gradient_checkpointing,
         eval_strategy="steps",
         eval_steps=options.eval_step,
@@ -267,16 +203,16 @@ def read_data(options: Options):
 
 def build_model(options: Options, items: Items):
     """(model, tokenizer, ids of the new tokens): the base model with the codebook's tokens, and what is to be trained."""
-    tokenizer = checkpoint.load_tokenizer(options.base_model, "base_model")
-    load = checkpoint.new_model if options.train_from_scratch else checkpoint.load_model
+    tokenizer = load_tokenizer(options.base_model, "base_model")
+    load = new_model if options.train_from_scratch else load_model
     model = load(options.base_model, "base_model")
     tokens = codebook_tokens(items.sids, used_only=options.sid_tokens == "used")
-    new = checkpoint.add_tokens(model, tokenizer, tokens, items if options.sid_init == "text" else None)
+    new = add_tokens(model, tokenizer, tokens, items if options.sid_init == "text" else None)
     model.config.pad_token_id = tokenizer.pad_token_id
     if options.freeze_LLM:
-        model = checkpoint.train_rows_alone(model, new, options.base_model)
+        model = train_rows_alone(model, new, options.base_model)
     elif options.use_lora:
-        model = checkpoint.add_lora(
+        model = add_lora(
             model, new, options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target_modules
         )
     return model, tokenizer, new
@@ -309,7 +245,7 @@ def main(options: Options) -> None:
     if state == "complete":
         return
     if state == "fresh" and main_process:
-        checkpoint.remove_checkpoints(options.output_dir)
+        remove_checkpoints(options.output_dir)
     set_seed(options.seed)
 
     # data and model
@@ -345,18 +281,16 @@ def main(options: Options) -> None:
         validation=validation,
         callbacks=[EarlyStoppingCallback(patience)] if patience > 0 else [],
     )
-    resume = options.resume_from_checkpoint or (
-        checkpoint.last_checkpoint(options.output_dir) if state == "resume" else None
-    )
+    resume = options.resume_from_checkpoint or (last_checkpoint(options.output_dir) if state == "resume" else None)
     trainer.train(resume_from_checkpoint=resume)
     trainer.accelerator.wait_for_everyone()  # the checkpoints go, and another process may be loading the best of them
     if main_process:
         print(
             f"best {args.metric_for_best_model}: {trainer.state.best_metric:.4f}, {trainer.state.best_model_checkpoint}"
         )
-    checkpoint.save_trained(trainer, prompts.path, options.output_dir)
+    save_trained(trainer, prompts.path, options.output_dir)
     if main_process:
-        checkpoint.remove_checkpoints(options.output_dir)
+        remove_checkpoints(options.output_dir)
         finish(options.output_dir, options)
 
 

@@ -20,13 +20,19 @@ from pathlib import Path
 
 import polars as pl
 import yaml
+from transformers.hf_argparser import HfArg
 
 import sasrec
-from catalog import Catalog
-from cli import HfArg, UserError, require_file, run
-from data import read_info, read_sequences, target_counts
-from metrics import format_table, table
-from sequential import MODELS
+from data import read_sequences
+from minionerec.baselines.counts import markov, popularity
+from minionerec.baselines.models import MODELS
+from minionerec.baselines.training import Scorer, fit, item_and_sid_ranks, scorer
+from minionerec.catalog.catalog import Catalog, target_counts
+from minionerec.catalog.items import read_info
+from minionerec.common.errors import UserError
+from minionerec.common.files import require_file
+from minionerec.common.options import run
+from minionerec.evaluation.metrics import format_table, table
 
 CUTOFFS = (5, 10, 20)
 NOT_FOR_GRIDS = {"train_file", "valid_file", "test_file", "info_file", "output_dir", "model", "seed", "device"}
@@ -88,13 +94,13 @@ def read_grid(path: str, models: list[str]) -> dict[str, list[dict]]:
                 raise UserError(f"{path}, {model}: found {flag}: {flags[flag]!r}, expected {expected}")
         settings[model] = [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())]
         for one in settings[model]:
-            sasrec.check(sasrec.Options("", "", "", "", "", model=model, **one))
+            sasrec.check(sasrec.Options(model=model, **one))
     return settings
 
 
 def every_flag(model: str, settings: dict) -> dict:
     """The settings with sasrec.py's defaults where they are silent: what a result depends on."""
-    options = asdict(sasrec.Options("", "", "", "", "", model=model, **settings))
+    options = asdict(sasrec.Options(model=model, **settings))
     return {flag: value for flag, value in options.items() if flag not in NOT_FOR_GRIDS}
 
 
@@ -157,20 +163,20 @@ class Runs:
         return self.found[text]
 
 
-def measure(score: sasrec.Scorer, data: Data, max_history: int) -> dict:
+def measure(score: Scorer, data: Data, max_history: int) -> dict:
     """`{"valid": …, "test": …}`: all metrics by item."""
     parts = {part: data.rows(part, max_history) for part in ("valid", "test")}
-    return {part: table(sasrec.item_and_sid_ranks(score, rows, data.catalog)[0]) for part, rows in parts.items()}
+    return {part: table(item_and_sid_ranks(score, rows, data.catalog)[0]) for part, rows in parts.items()}
 
 
 def train(data: Data, model: str, settings: dict, seed: int, device: str, test: bool) -> dict:
     """One training: best valid NDCG@10, its epoch, seconds; with `test` also all metrics of valid and test."""
-    options = sasrec.Options("", "", "", "", "", model=model, seed=seed, device=device, **settings)
+    options = sasrec.Options(model=model, seed=seed, device=device, **settings)
     started = time.perf_counter()
     rows = [data.rows(part, options.max_history) for part in ("train", "valid")]
-    trained = sasrec.fit(options, *rows, data.catalog)
+    trained = fit(options, *rows, data.catalog)
     result = {"valid_ndcg": trained.ndcg, "epoch": trained.epoch, "seconds": round(time.perf_counter() - started, 1)}
-    return result | (measure(sasrec.scorer(trained.model), data, options.max_history) if test else {})
+    return result | (measure(scorer(trained.model), data, options.max_history) if test else {})
 
 
 def mean_and_spread(results: list[dict]) -> dict[str, dict]:
@@ -205,7 +211,7 @@ def main(options: Options) -> None:
     # the counts, which have nothing to tune
     max_history = sasrec.Options.__dataclass_fields__["max_history"].default
     results = {}
-    for name, count in (("popularity", sasrec.popularity), ("markov", sasrec.markov)):
+    for name, count in (("popularity", popularity), ("markov", markov)):
         results[name] = measure(count(data.rows("train", max_history), len(data.sids)), data, max_history)
 
     # each model: the grid on valid, then the best of it on test

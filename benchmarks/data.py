@@ -11,9 +11,11 @@ import statistics
 import time
 from dataclasses import dataclass
 
+from transformers.hf_argparser import HfArg
+
 from benchmarks import movielens_rows
-from cli import HfArg, run
-from tokens import tokenize
+from minionerec.common.options import run
+from minionerec.language_model.tokenizing import tokenize
 
 
 @dataclass

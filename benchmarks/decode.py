@@ -20,10 +20,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers.hf_argparser import HfArg
 
-from beam_search import beam_search
-from catalog import Trie
-from cli import HfArg, UserError, run
+from minionerec.catalog.trie import Trie
+from minionerec.common.errors import UserError
+from minionerec.common.options import run
+from minionerec.decoding.beam_search import beam_search
 
 VOCABULARY, CODES, LEVELS = 152_204, 256, 3
 FIRST_TOKEN = VOCABULARY - CODES * LEVELS  # the SID tokens are the vocabulary's last

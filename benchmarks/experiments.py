@@ -33,9 +33,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import yaml
+from transformers.hf_argparser import HfArg
 
-import metrics
-from cli import HfArg, UserError, require_file, run
+from minionerec.common.errors import UserError
+from minionerec.common.files import require_file
+from minionerec.common.options import run
+from minionerec.evaluation import metrics
 
 COLUMNS = ["valid NDCG@10", *(f"test {m}@{k}" for m in ("HR", "NDCG") for k in (1, 3, 5, 10, 20, 50))]
 METRICS = list(metrics.table(np.zeros(1)))

@@ -29,13 +29,15 @@ from dataclasses import asdict, dataclass
 
 import torch
 from accelerate import Accelerator
+from transformers.hf_argparser import HfArg
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from beam_search import beam_search
 from benchmarks.decode import FIRST_TOKEN, LEVELS, random_model, random_trie, transformers_search
-from catalog import Trie
-from cli import HfArg, UserError, run
+from minionerec.catalog.trie import Trie
+from minionerec.common.errors import UserError
+from minionerec.common.options import run
+from minionerec.decoding.beam_search import beam_search
 from minionerec_trainer import ReReTrainer, add_catalog_head
 
 SIDES = ("trl", "logits", "vocab", "catalog")

@@ -7,9 +7,11 @@ from pathlib import Path
 import polars as pl
 from transformers import AutoTokenizer
 
-from data import DEFAULT_TASKS, Items, Pair, Prompts, parse_tasks, read_titles, sft_pairs
+from data import DEFAULT_TASKS, Prompts, parse_tasks, sft_pairs
+from minionerec.catalog.items import Items, read_titles
+from minionerec.language_model.base_model import smollm2_file
+from minionerec.language_model.tokenizing import Pair
 from preprocess import movielens
-from preprocess.base_model import smollm2_file
 
 LEVELS, CODES = 3, 256
 

@@ -25,13 +25,16 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.hf_argparser import HfArg
 
 from benchmarks import movielens_rows
 from benchmarks.decode import VOCABULARY, random_model
-from cli import HfArg, UserError, run
-from preflight import memory_estimate
-from sft import SFTTrainer
-from tokens import IGNORED, Collator, EpochOrder, Lines, tokenize
+from minionerec.common.errors import UserError
+from minionerec.common.options import run
+from minionerec.language_model.batches import IGNORED, Collator, EpochOrder, Lines
+from minionerec.language_model.memory import memory_estimate
+from minionerec.language_model.sft_trainer import SFTTrainer
+from minionerec.language_model.tokenizing import tokenize
 
 WARM_UP = 2  # steps that are not counted
 

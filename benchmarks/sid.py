@@ -24,12 +24,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from transformers.hf_argparser import HfArg
 
-from cli import HfArg, UserError, run
+from minionerec.common.devices import pick_device
+from minionerec.common.errors import UserError
+from minionerec.common.options import run
 from rq.balanced import flow_assignment, size_bounds, transport_assignment
-from rq.embeddings import pick_device
+from rq.collisions import collision_rate, resolve
 from rq.models.rqvae import RQVAE
-from rq.sid_index import collision_rate, resolve
 from rq.trainer import MAX_GRADIENT_NORM, Schedule, Trainer
 
 PARTS = ("rqvae", "assignment", "million", "collision")

@@ -15,9 +15,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import HfArg, UserError, run
+from transformers.hf_argparser import HfArg
+
+from minionerec.common.errors import UserError
+from minionerec.common.options import run
 from rq import generate_indices, rqkmeans_constrained, rqkmeans_faiss, rqkmeans_plus, rqvae
-from rq.sid_index import MODES
+from rq.collisions import MODES
 
 SMALL = {"layers": [256], "batch_size": 512, "eval_step": 20, "warmup_epochs": 5}
 SMALL |= {"lr_scheduler_type": "linear", "device": "cpu", "save_limit": 0}

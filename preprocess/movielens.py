@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+from transformers.hf_argparser import HfArg
 
-from cli import HfArg, UserError, require_file, run, write_json
+from minionerec.common.errors import UserError
+from minionerec.common.files import require_file, write_json
+from minionerec.common.options import run
 from preprocess.splits import leave_one_out, write_inter
 
 NAME = "ml-100k"

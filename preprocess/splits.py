@@ -8,7 +8,8 @@ from pathlib import Path
 
 import polars as pl
 
-from cli import UserError, atomic_file
+from minionerec.common.errors import UserError
+from minionerec.common.files import atomic_file
 
 SPLITS = ("train", "valid", "test")
 

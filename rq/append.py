@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from catalog import SID_TOKEN, codebook_tokens
-from cli import UserError
+from minionerec.catalog.sids import SID_TOKEN, codebook_tokens
+from minionerec.common.errors import UserError
+from rq.index_file import to_sids
 from rq.models.rq import ResidualModel
 from rq.models.vq import squared_distances
-from rq.sid_index import to_sids
 
 LEAST_AGREEMENT = 0.2  # of old items whose first code the quantizer would choose again
 

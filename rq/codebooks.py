@@ -22,12 +22,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers.hf_argparser import HfArg
 
-from cli import HfArg, UserError, atomic_file, require_file
-from rq.embeddings import digest, load_embeddings
+from minionerec.common.embeddings import digest, load_embeddings
+from minionerec.common.errors import UserError
+from minionerec.common.files import atomic_file, require_file
+from rq.build_index import build_index
+from rq.collisions import refuse_small_codebooks
 from rq.models.rq import Codebooks
-from rq.sid_index import refuse_small_codebooks
-from rq.sid_report import build_index
 
 MOST_CODES = 1 << 16
 

@@ -4,7 +4,7 @@
         --output_file <D>.index.json
 
 Codes are each level's nearest; for the very items that k-means codebooks were made of, their clusters. Collisions are
-then treated by `--collision` (see `rq.sid_index`). The figures before and after go to <D>.index.quality.json and .png.
+then treated by `--collision` (see `rq.collisions`). The figures before and after go to <D>.index.quality.json and .png.
 
     … --data_path all.emb-minilm-td.npy --append <D>.index.json --output_file new.index.json
 
@@ -15,13 +15,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from transformers.hf_argparser import HfArg
 
-from cli import HfArg, UserError, run
+from minionerec.common.devices import pick_device
+from minionerec.common.embeddings import digest, load_embeddings
+from minionerec.common.errors import UserError
+from minionerec.common.options import run
 from rq.append import append_codes
-from rq.embeddings import digest, load_embeddings, pick_device
-from rq.sid_index import read_codes, refuse_small_codebooks
-from rq.sid_report import build_index
-from rq.trainer import load_model
+from rq.build_index import build_index
+from rq.checkpoints import load_model
+from rq.collisions import refuse_small_codebooks
+from rq.index_file import read_codes
 
 
 @dataclass

@@ -12,8 +12,9 @@ from typing import Literal
 
 import numpy as np
 import torch
+from transformers.hf_argparser import HfArg
 
-from cli import HfArg, run
+from minionerec.common.options import run
 from rq.balanced import Bounds, size_bounds, transport_assignment
 from rq.codebooks import KMeansOptions, run_kmeans
 

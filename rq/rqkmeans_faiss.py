@@ -8,7 +8,7 @@ takes powers of two alone; a `faiss.Kmeans` a level is the same greedy quantiser
 
 import numpy as np
 
-from cli import run
+from minionerec.common.options import run
 from rq.codebooks import KMeansOptions, run_kmeans
 
 Options = KMeansOptions  # nothing beyond what both k-means commands take

@@ -17,14 +17,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from transformers.hf_argparser import HfArg
 
-from cli import HfArg, UserError, run
+from minionerec.common.devices import pick_device
+from minionerec.common.embeddings import load_embeddings
+from minionerec.common.errors import UserError
+from minionerec.common.options import run
+from rq.build_index import build_index
+from rq.checkpoints import load_model
 from rq.codebooks import CodebookFile, read_codebooks
-from rq.embeddings import load_embeddings, pick_device
+from rq.collisions import refuse_small_codebooks
 from rq.models.rq import Codebooks
-from rq.sid_index import refuse_small_codebooks
-from rq.sid_report import build_index, variance
-from rq.trainer import TrainingOptions, load_model, train
+from rq.quality import variance
+from rq.trainer import TrainingOptions, train
 
 
 @dataclass

@@ -12,8 +12,12 @@ after the first level; k-means initialises all levels before the first step inst
 
 from dataclasses import dataclass
 
-from cli import HfArg, UserError, run
-from rq.embeddings import load_embeddings, pick_device
+from transformers.hf_argparser import HfArg
+
+from minionerec.common.devices import pick_device
+from minionerec.common.embeddings import load_embeddings
+from minionerec.common.errors import UserError
+from minionerec.common.options import run
 from rq.trainer import TrainingOptions, train
 
 

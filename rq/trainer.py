@@ -19,17 +19,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.hf_argparser import HfArg
 
-from cli import HfArg, UserError, atomic_file, read_json, require_file, write_json
-from rq.codebooks import read_codebooks
-from rq.embeddings import digest
-from rq.models.rq import Codebooks
-from rq.models.rqvae import RQVAE, RQKMeansPlus
-from rq.sid_index import collision_rate
+from minionerec.common.embeddings import digest
+from minionerec.common.errors import UserError
+from minionerec.common.files import atomic_file, read_json, write_json
+from rq.checkpoints import ARCHITECTURES
+from rq.collisions import collision_rate
 
 OPTIMIZERS = {
     "adam": torch.optim.Adam,
@@ -38,7 +37,6 @@ OPTIMIZERS = {
     "adagrad": torch.optim.Adagrad,
     "rmsprop": torch.optim.RMSprop,
 }
-ARCHITECTURES = {"rqvae": RQVAE, "rqkmeans_plus": RQKMeansPlus}
 MAX_GRADIENT_NORM = 1.0
 
 
@@ -175,34 +173,6 @@ def _first_difference(there: dict, asked: dict, prefix: str = "") -> str:
         if old != new:
             return f"{prefix}{key} is {old} there and {new} now"
     return "no key differs"
-
-
-def load_model(path: str | Path, flag: str = "ckpt_path") -> tuple[nn.Module, dict]:
-    """The model in `path` and its config; a folder means its best_collision.safetensors.
-
-    An .npz of codebooks is a model too; its config has the `codes` (items, levels) of the items that it was made of.
-    Raises `UserError` if weights or config.json are missing, broken, or of another architecture.
-    """
-    path = require_file(path, flag)
-    if path.suffix == ".npz":
-        found = read_codebooks(path, flag)
-        config = {"model": {"in_dim": found.codebooks[0].shape[1]}, "data": {"digest": found.meta.get("digest")}}
-        return Codebooks([torch.from_numpy(book) for book in found.codebooks]), config | {"codes": found.codes}
-    if path.is_dir():
-        path = require_file(path / "best_collision.safetensors", flag)
-    config = read_json(path.parent / "config.json", flag)
-    architecture = config.get("architecture")
-    if architecture not in ARCHITECTURES:
-        raise UserError(
-            f"{path.parent / 'config.json'}: architecture {architecture!r}, expected one of {sorted(ARCHITECTURES)}; "
-            f"check --{flag}"
-        )
-    try:
-        model = ARCHITECTURES[architecture](**config["model"])
-        model.load_state_dict(load_file(path))
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, OSError) as error:
-        raise UserError(f"{path}: does not fit its config.json ({error}); train again or check --{flag}") from None
-    return model, config
 
 
 def learning_rate_factor(epoch: float, schedule: Schedule) -> float:

@@ -6,25 +6,23 @@ import re
 import numpy as np
 import polars as pl
 import pytest
-from conftest import INDUSTRIAL, N_ITEMS, ROOT
+from helpers import INDUSTRIAL, N_ITEMS, ROOT
 
-from cli import UserError
 from data import (
     DEFAULT_TASKS,
     SFT_TASKS,
-    Items,
     Prompts,
     next_sid_prompts,
     parse_tasks,
-    read_info,
     read_sequences,
-    read_titles,
     readable,
     rl_rows,
     sft_pairs,
-    target_counts,
     template_of,
 )
+from minionerec.catalog.catalog import target_counts
+from minionerec.catalog.items import Items, read_info, read_titles
+from minionerec.common.errors import UserError
 
 ITEMS = Items(["<a_0><b_1>", "<a_1><b_0>", "<a_2><b_2>", "<a_0><b_3>"], ["One", "Two; or so", "Same", "Same"])
 ROWS = pl.DataFrame({"user": ["u", "v", "w"], "history": [[0, 1], [2], [0, 1]], "target": [2, 3, 3]})
@@ -252,7 +250,7 @@ def test_no_module_evaluates_or_unpickles():
 
 
 def test_a_pickled_array_is_refused(tmp_path):
-    from rq.embeddings import load_embeddings
+    from minionerec.common.embeddings import load_embeddings
 
     np.save(tmp_path / "x.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="not a .npy array"):

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import evaluate
-from cli import UserError
+from minionerec.common.errors import UserError
 
 
 def options(world, checkpoint_folder, output, **more):

@@ -3,11 +3,11 @@ import json
 import re
 
 import pytest
-from conftest import N_ITEMS, run_stage
+from helpers import N_ITEMS, run_stage
 
 import recommend
-from cli import UserError
-from data import Items
+from minionerec.catalog.items import Items
+from minionerec.common.errors import UserError
 
 TITLES = recommend.Titles(
     Items(["<a_0>"] * 5, ["Alien", "Aliens", "Alien Nation", "Blade Runner", "Star Wars, Part 4"]), [1, 9, 1, 0, 0]

@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import N_ITEMS, ROOT, run_stage
+from helpers import N_ITEMS, ROOT, run_stage
 from safetensors.torch import load_file
 
-import checkpoint
 import evaluate
 import rl
-from cli import UserError
-from data import DEFAULT_TEMPLATE, Items, Prompts, parse_rl_tasks, read_info, read_sequences, rl_rows
-from sequential import MODELS
+from data import DEFAULT_TEMPLATE, Prompts, parse_rl_tasks, read_sequences, rl_rows
+from minionerec.baselines.models import MODELS
+from minionerec.catalog.items import Items, read_info
+from minionerec.common.errors import UserError
+from minionerec.language_model.checkpoints import save
 
 
 def weights(folder):
@@ -30,7 +31,7 @@ def weights(folder):
 def sft_model(policy, tmp_path_factory):
     """A folder as sft.py writes it, with random weights."""
     folder = tmp_path_factory.mktemp("policy") / "sft"
-    checkpoint.save(policy.model, policy.tokenizer, DEFAULT_TEMPLATE, folder)
+    save(policy.model, policy.tokenizer, DEFAULT_TEMPLATE, folder)
     return folder
 
 

@@ -13,11 +13,14 @@ import pytest
 import torch
 
 import sasrec
-from catalog import Catalog
-from cli import UserError
-from data import read_info, read_sequences
-from sasrec import Options, item_and_sid_ranks, markov, popularity
-from sequential import MODELS, SequentialModel
+from data import read_sequences
+from minionerec.baselines.counts import markov, popularity
+from minionerec.baselines.models import MODELS, SequentialModel
+from minionerec.baselines.training import build, fit, item_and_sid_ranks, scorer
+from minionerec.catalog.catalog import Catalog
+from minionerec.catalog.items import read_info
+from minionerec.common.errors import UserError
+from sasrec import Options
 
 ROOT = Path(__file__).parent.parent
 INDUSTRIAL = ROOT.parent / "shared" / "data" / "industrial"
@@ -114,7 +117,7 @@ def test_metrics_are_those_of_sorted_lists():
 def test_before_training_a_model_with_popularity_bias_expects_popularity(name):
     options = Options("", "", "", "", "", model=name)
     counts = [5, 0, 9, 2, 100, 1, 30]
-    model = sasrec.build(options, len(counts))
+    model = build(options, len(counts))
     with torch.no_grad():
         model.items.weight.mul_(1e-4)
     model.start_from_popularity(counts)
@@ -137,8 +140,8 @@ def test_a_model_learns_a_cycle(tmp_path, name, settings):
     options.epochs, options.batch_size, options.learning_rate, options.early_stop = 40, 16, 1e-2, 0
     options.loss, options.loss_positions = settings
     options.negatives = 4 if options.loss == "bce" else 1
-    trained = sasrec.fit(options, rows, rows, catalog_of(n))
-    ranks, _ = item_and_sid_ranks(sasrec.scorer(trained.model), rows, catalog_of(n))
+    trained = fit(options, rows, rows, catalog_of(n))
+    ranks, _ = item_and_sid_ranks(scorer(trained.model), rows, catalog_of(n))
     # Sampled negatives are never of the row: nothing holds its up to three items below the target. By popularity, all
     # counts being equal, the target would be first in 5 % of the rows and among the first four in 20 %.
     assert (ranks < (4 if options.loss == "bce" else 1)).mean() >= 0.95
@@ -152,7 +155,7 @@ def test_flags_reach_the_model(name):
     own["caser"] = {"num_filters": 5, "filter_sizes": [2, 7], "num_vertical": 3}
     values = flags | own[name]
     texts = values | ({"filter_sizes": "2,7"} if name == "caser" else {})
-    model = sasrec.build(Options("", "", "", "", "", model=name, **texts), 9)
+    model = build(Options("", "", "", "", "", model=name, **texts), 9)
     assert model.config == values | {"n_items": 9} and model.outputs is not None
 
 
@@ -160,7 +163,7 @@ def test_flags_reach_the_model(name):
 def test_popularity_bias_is_where_training_starts(bias):
     rows = sequences(*[([0], 3)] * 30, *[([0], 1)] * 10, ([0], 2))
     options = Options("", "", "", "", "", epochs=1, learning_rate=1e-12, popularity_bias=bias, device="cpu")
-    model = sasrec.fit(options, rows, rows, catalog_of(4)).model
+    model = fit(options, rows, rows, catalog_of(4)).model
     shares = torch.tensor([1.0, 11.0, 2.0, 31.0]) / 45  # one added to each count
     expected = shares.log() - shares.log().mean() if bias else torch.zeros(4)
     torch.testing.assert_close(model.bias - model.bias.mean(), expected)
@@ -172,7 +175,7 @@ def test_all_positions_teach_what_no_target_says():
     options = Options("", "", "", "", "", epochs=15, batch_size=4, learning_rate=1e-2, dropout=0.0, device="cpu")
     options.popularity_bias, first = False, {}
     for options.loss_positions in ("all", "last"):
-        model = sasrec.fit(options, rows, asked, catalog_of(8)).model
+        model = fit(options, rows, asked, catalog_of(8)).model
         first[options.loss_positions] = int(model.scores([[0]]).argmax())
     assert first["all"] == 1 != first["last"]
 
@@ -182,8 +185,8 @@ def test_what_is_kept_is_the_best_epoch_on_valid(capsys):
     n, rows = 12, cycle(12)
     against = sequences(*(([i], (i - 1) % n) for i in range(n)))
     options = Options("", "", "", "", "", epochs=30, early_stop=3, batch_size=8, learning_rate=1e-2, device="cpu")
-    trained = sasrec.fit(options, rows, against, catalog_of(n))
-    ranks, _ = item_and_sid_ranks(sasrec.scorer(trained.model), against, catalog_of(n))
+    trained = fit(options, rows, against, catalog_of(n))
+    ranks, _ = item_and_sid_ranks(scorer(trained.model), against, catalog_of(n))
     assert trained.epoch < 15
     assert capsys.readouterr().out.count("valid NDCG@10") == trained.epoch + 3
     assert trained.ndcg == pytest.approx(float((1 / np.log2(ranks[ranks < 10] + 2)).sum() / len(ranks)))
@@ -287,7 +290,7 @@ def test_launcher_and_script_have_the_same_defaults():
 def test_a_finished_run_is_not_done_again_unless_options_or_files_change(tmp_path, monkeypatch, capsys):
     flags = layout(tmp_path)
     runs = []
-    original = sasrec.markov
+    original = markov
     monkeypatch.setattr(sasrec, "markov", lambda *a: runs.append(1) or original(*a))
     for expected, seed in ((1, 1), (1, 1), (2, 2)):
         sasrec.main(Options(**flags, model="markov", seed=seed))

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import INDUSTRIAL, QWEN_TOKENIZER, ROOT
+from helpers import INDUSTRIAL, QWEN_TOKENIZER, ROOT
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -21,15 +21,20 @@ from transformers import (
     Qwen2Config,
 )
 
-import checkpoint
 import data
 import sft
-from beam_search import beam_search
-from catalog import Trie, codebook_tokens, read_index
-from cli import UserError
-from data import DEFAULT_TASKS, SFT_TASKS, Items, Prompts, read_sequences, read_titles, sft_pairs
-from preprocess.base_model import smollm2_file
-from tokens import BLANK, IGNORED, Collator, EpochOrder, Lines, Rows, cut, pack, tokenize, tokenize_cached
+from data import DEFAULT_TASKS, SFT_TASKS, Prompts, read_sequences, sft_pairs
+from minionerec.catalog.items import Items, read_titles
+from minionerec.catalog.sids import codebook_tokens, read_index
+from minionerec.catalog.trie import Trie
+from minionerec.common.errors import UserError
+from minionerec.decoding.beam_search import beam_search
+from minionerec.language_model.adapters import add_lora, train_rows_alone
+from minionerec.language_model.base_model import smollm2_file
+from minionerec.language_model.batches import BLANK, IGNORED, Collator, EpochOrder, Lines, pack
+from minionerec.language_model.checkpoints import load_tokenizer, new_model, save_trained
+from minionerec.language_model.new_tokens import add_tokens
+from minionerec.language_model.tokenizing import Rows, cut, tokenize, tokenize_cached
 
 PROMPTS = Prompts(category="Toys_and_Games")
 
@@ -97,7 +102,7 @@ def smollm2_tokenizer():
 @pytest.mark.parametrize("name", ["world", "qwen2.5", "smollm2", *METASPACE])
 @pytest.mark.parametrize("separator", ["; ", ", ", "|"])
 def test_tokens_are_the_tokenizers(name, separator, pairs, base_model):
-    tokenizer = checkpoint.load_tokenizer(base_model, "x") if name == "world" else real_tokenizer(name)
+    tokenizer = load_tokenizer(base_model, "x") if name == "world" else real_tokenizer(name)
     pairs = [*pairs, ("; ; a;b; , c, '; 1; ;x", "an answer; with a separator"), ("<a_1>; <a_9>;  <b_2>x", "<c_3>")]
     pairs = [(prompt.replace("; ", separator), answer) for prompt, answer in pairs]
     tokenizer.add_tokens([f"<{letter}_{code}>" for letter in "abc" for code in range(16)])
@@ -113,7 +118,7 @@ def test_tokens_are_the_tokenizers(name, separator, pairs, base_model):
 
 
 def test_a_lookalike_of_a_sid_token_is_tokenised_whole(base_model):
-    tokenizer = checkpoint.load_tokenizer(base_model, "x")
+    tokenizer = load_tokenizer(base_model, "x")
     tokenizer.add_tokens(["<a_1>"])
     prompts = pl.Series(["by <a_1>", "by <a_2>"])
     assert cut(prompts, tokenizer, "; ") is None and cut(prompts[:1], tokenizer, "; ") is not None
@@ -123,7 +128,7 @@ def test_a_lookalike_of_a_sid_token_is_tokenised_whole(base_model):
 
 
 def test_cached_rows_are_read_and_another_tokenizer_misses(pairs, base_model, tmp_path, capsys, monkeypatch):
-    tokenizer = checkpoint.load_tokenizer(base_model, "x")
+    tokenizer = load_tokenizer(base_model, "x")
     first = tokenize_cached(pairs, tokenizer, "", "; ", tmp_path)
     assert capsys.readouterr().out == "" and len(list(tmp_path.iterdir())) == 1
     monkeypatch.setattr("tokens.tokenize", None)  # a second start must not come here
@@ -329,7 +334,7 @@ def test_frozen_llm_trains_the_new_rows_alone(tmp_path, name):
     new = list(range(100, 120))
     trainer = train(
         tmp_path,
-        checkpoint.train_rows_alone(model, new, "x"),
+        train_rows_alone(model, new, "x"),
         random_rows(),
         per_device_train_batch_size=8,
         weight_decay=0.1,
@@ -350,20 +355,20 @@ def test_frozen_llm_trains_the_new_rows_alone(tmp_path, name):
 
 def test_freezing_without_new_tokens_is_refused():
     with pytest.raises(UserError, match="base already knows every SID token: there is no new row to train"):
-        checkpoint.train_rows_alone(random_model("qwen2"), [], "base")
+        train_rows_alone(random_model("qwen2"), [], "base")
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2"])
 def test_lora_trains_adapters_and_new_rows_and_saves_them_merged(tmp_path, name, base_model):
     model = random_model(name)
     base = copy.deepcopy(model.state_dict())
-    adapted = checkpoint.add_lora(model, list(range(100, 120)), 4, 8, 0.0, "all-linear")
+    adapted = add_lora(model, list(range(100, 120)), 4, 8, 0.0, "all-linear")
     trainer = train(tmp_path / "run", adapted, random_rows(), per_device_train_batch_size=8)
     trainer.model.eval()
     ids = torch.arange(90, 118)[None]
     expected = trainer.model(input_ids=ids).logits
-    trainer.processing_class = checkpoint.load_tokenizer(base_model, "x")
-    checkpoint.save_trained(trainer, data.DEFAULT_TEMPLATE, tmp_path / "saved")
+    trainer.processing_class = load_tokenizer(base_model, "x")
+    save_trained(trainer, data.DEFAULT_TEMPLATE, tmp_path / "saved")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(plain(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
     saved = plain.state_dict()
@@ -376,9 +381,9 @@ def test_lora_trains_adapters_and_new_rows_and_saves_them_merged(tmp_path, name,
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama"])
-@pytest.mark.parametrize("adapt", [checkpoint.train_rows_alone, checkpoint.add_lora])
+@pytest.mark.parametrize("adapt", [train_rows_alone, add_lora])
 def test_search_with_adapters_is_search_with_merged_weights(tmp_path, name, adapt):
-    arguments = ("x",) if adapt is checkpoint.train_rows_alone else (4, 8, 0.0, "all-linear")
+    arguments = ("x",) if adapt is train_rows_alone else (4, 8, 0.0, "all-linear")
     trainer = train(
         tmp_path,
         adapt(random_model(name), list(range(100, 120)), *arguments),
@@ -396,13 +401,13 @@ def test_search_with_adapters_is_search_with_merged_weights(tmp_path, name, adap
 
 def test_lora_names_a_module_that_is_not_there():
     with pytest.raises(UserError, match="--lora_target_modules nonsense"):
-        checkpoint.add_lora(random_model("qwen2"), [100], 4, 8, 0.0, "nonsense")
+        add_lora(random_model("qwen2"), [100], 4, 8, 0.0, "nonsense")
 
 
 def test_rows_start_from_their_items_text(base_model, world):
-    tokenizer, model = checkpoint.load_tokenizer(base_model, "x"), checkpoint.new_model(base_model, "x")
+    tokenizer, model = load_tokenizer(base_model, "x"), new_model(base_model, "x")
     items = Items(read_index(world.index), read_titles(world.items))
-    checkpoint.add_tokens(model, tokenizer, codebook_tokens(items.sids), items)
+    add_tokens(model, tokenizer, codebook_tokens(items.sids), items)
     weight = model.get_input_embeddings().weight
     carriers = [i for i, sid in enumerate(items.sids) if "<b_2>" in sid]
     means = [weight[tokenizer(items.titles[i], add_special_tokens=False)["input_ids"]].mean(0) for i in carriers]
@@ -475,7 +480,7 @@ def test_metric_that_the_beams_cannot_give(world, policy):
 
 
 def test_rows_longer_than_the_models_positions_are_refused():
-    import preflight
+    from minionerec.language_model import memory as preflight
 
     rows = rows_of([300])
     order = SimpleNamespace()

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_stage
+from helpers import ROOT, run_stage
 from safetensors.torch import load_file
 
 import rl
 import sft
-from cli import UserError
+from minionerec.common.errors import UserError
 
 
 def sft_environment(world, base_model, output, **more):

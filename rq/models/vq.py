@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cli import UserError
+from minionerec.common.errors import UserError
 
 
 class VQOutput(NamedTuple):

@@ -20,9 +20,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
+from transformers.hf_argparser import HfArg
 
-from cli import HfArg, UserError, atomic_file, read_json, require_file, run
-from rq.embeddings import pick_device
+from minionerec.common.devices import pick_device
+from minionerec.common.errors import UserError
+from minionerec.common.files import atomic_file, read_json, require_file
+from minionerec.common.options import run
 
 FIELDS = ("title", "description", "brand", "categories")
 _TAG = re.compile(r"</?[a-zA-Z][^>]*>")

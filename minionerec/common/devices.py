@@ -1,0 +1,29 @@
+"""TODO."""
+
+import os
+
+import torch
+
+from minionerec.common.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """`name` as a device; empty means cuda where there is one, else cpu. Raises `UserError` if it is not there."""
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} is not on this machine ({reason}); leave it out or use cpu") from None
+    return device
+
+
+def device_has_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def wants_bf16() -> bool:
+    """Whether training runs in bf16: where the device has it, or an accelerate config asks for it."""
+    return device_has_bf16() or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"

@@ -1,0 +1,54 @@
+"""TODO."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minionerec.common.errors import UserError
+
+
+def require_file(path: str | Path, flag: str) -> Path:
+    """`path` as a `Path`; raises `UserError` naming the flag when nothing readable is there."""
+    if not path:
+        raise UserError(f"--{flag} is required")
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; check --{flag}")
+    return path
+
+
+def read_json(path: str | Path, flag: str) -> dict:
+    """The JSON object in `path`; raises `UserError` with the line where parsing stopped."""
+    path = require_file(path, flag)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); write it again or check --{flag}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: found a JSON {type(content).__name__}, expected an object; check --{flag}")
+    return content
+
+
+@contextmanager
+def atomic_file(path: str | Path, mode: str = "w") -> Iterator:
+    """Open a temporary neighbour of `path` for writing; it becomes `path` only if the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content, indent: int | None = 2) -> None:
+    """Write `content` as JSON, atomically."""
+    with atomic_file(path) as f:
+        json.dump(content, f, indent=indent, ensure_ascii=False)
+        f.write("\n")

@@ -1,0 +1,111 @@
+"""Ranking metrics from the rank of each row's one target: HR, NDCG, MRR, with bootstrap intervals.
+
+A rank is 0 for the first place; `MISSED` where the target is not in the list. With one relevant item,
+HR@K = [rank < K] and NDCG@K = [rank < K] / log2(rank + 2) (Järvelin & Kekäläinen 2002, ideal DCG 1); MRR is over the
+whole list given. Sums run in float64 over all rows at once: the same on any number of processes.
+
+By SID, any item that shares the target's SID is a hit, as published tables count it. By item, a leaf with several
+items expands in the catalog's fixed order, and only the target itself is a hit.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from minionerec.catalog.catalog import Catalog
+
+CUTOFFS = (1, 3, 5, 10, 20, 50)
+MISSED = np.iinfo(np.int64).max
+
+
+def sid_and_item_ranks(
+    predicted: np.ndarray,
+    targets: Sequence[int],
+    catalog: Catalog,
+    seen: Sequence[Sequence[int]] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of each row's target in its list of SIDs.
+
+    predicted: (rows, beams) rows of `catalog.sids`, best first, -1 where a list is shorter; targets: (rows,) item ids;
+    seen: for each row, items that its SIDs do not expand to (a target among them is missed by item).
+    Returns (rank of the target's SID among SIDs, rank of the target among the items that the SIDs expand to).
+    """
+    targets = np.asarray(targets)
+    hits = predicted == catalog.sid_of_item[targets][:, None]
+    hit, place = hits.any(axis=1), hits.argmax(axis=1)
+    group_size = np.array([len(items) for items in catalog.items_of_sid] + [0])  # [-1] is the padding's
+    sizes = group_size[predicted]
+    before = sizes.cumsum(axis=1) - sizes
+    place_in_group = np.zeros(catalog.n_items, dtype=np.int64)
+    for items in catalog.items_of_sid:
+        place_in_group[items] = range(len(items))
+    item_place = np.take_along_axis(before, place[:, None], axis=1)[:, 0] + place_in_group[targets]
+    item_hit = hit.copy()
+    for row, items in enumerate(seen if seen is not None else ()):
+        others = np.unique(np.asarray(items, dtype=np.int64))
+        item_hit[row] &= targets[row] not in others
+        leaf = catalog.sid_of_item[others]
+        same = (leaf == catalog.sid_of_item[targets[row]]) & (place_in_group[others] < place_in_group[targets[row]])
+        item_place[row] -= int((same | np.isin(leaf, predicted[row, : place[row]])).sum())
+    return np.where(hit, place, MISSED), np.where(item_hit, item_place, MISSED)
+
+
+def coverage(predicted: np.ndarray, catalog: Catalog, k: int = 10) -> dict[str, float]:
+    """What the first `k` places of all rows show of the catalog: shares of its SIDs and of its items, in [0, 1]."""
+    shown = np.unique(predicted[:, :k])
+    shown = shown[shown >= 0]
+    items = sum(len(catalog.items_of_sid[row]) for row in shown)
+    return {f"sids@{k}": len(shown) / len(catalog.sids), f"items@{k}": items / catalog.n_items}
+
+
+def illegal(predicted: np.ndarray, catalog: Catalog) -> int:
+    """Predictions that are no SID of the catalog or that repeat one of their row; -1 is an empty place."""
+    ranked = np.sort(predicted, axis=1)
+    repeated = (ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)
+    return int(repeated.sum() + ((predicted < -1) | (predicted >= len(catalog.sids))).sum())
+
+
+def ranks_of_scores(scores: np.ndarray, targets: Sequence[int]) -> np.ndarray:
+    """Rank of each target under `scores` (rows, items); of equal scores the lower id stands first. Refuses NaN."""
+    if np.isnan(scores).any():
+        raise ValueError(f"scores of row {int(np.isnan(scores).any(axis=1).argmax())} contain NaN")
+    rows = np.arange(len(scores))
+    own = scores[rows, targets][:, None]
+    earlier = np.arange(scores.shape[1]) < np.asarray(targets)[:, None]
+    return ((scores > own) | ((scores == own) & earlier)).sum(axis=1)
+
+
+def table(ranks: np.ndarray, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:
+    """`{"HR@1": …, "NDCG@1": …, …, "MRR": …}`, means over rows, each in [0, 1]."""
+    ranks = np.asarray(ranks)
+    with np.errstate(over="ignore"):
+        gain = np.where(ranks == MISSED, 0.0, 1.0 / np.log2(np.minimum(ranks, 2**40) + 2.0))
+        reciprocal = np.where(ranks == MISSED, 0.0, 1.0 / (np.minimum(ranks, 2**40) + 1.0))
+    result = {}
+    for k in cutoffs:
+        result[f"HR@{k}"] = float((ranks < k).mean())
+        result[f"NDCG@{k}"] = float((gain * (ranks < k)).mean())
+    return result | {"MRR": float(reciprocal.mean())}
+
+
+def bootstrap(ranks: np.ndarray, seed: int, cutoffs: Sequence[int] = CUTOFFS, rounds: int = 1000) -> dict[str, list]:
+    """95 % percentile intervals `{"HR@1": [low, high], …}` over rows drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    # Rows with equal ranks are interchangeable: drawing rows is drawing counts of distinct ranks.
+    distinct, counts = np.unique(ranks, return_counts=True)
+    drawn = rng.multinomial(len(ranks), counts / len(ranks), size=rounds) / len(ranks)  # (rounds, distinct)
+    values = [table(np.array([rank]), cutoffs) for rank in distinct]
+    return {
+        name: [float(x) for x in np.percentile(drawn @ np.array([v[name] for v in values]), [2.5, 97.5])]
+        for name in values[0]
+    }
+
+
+def format_table(rows: dict[str, dict[str, float]], cutoffs: Sequence[int]) -> str:
+    """A text table, a line for each of `rows`, HR and NDCG at `cutoffs`."""
+    names = [f"{metric}@{k}" for metric in ("HR", "NDCG") for k in cutoffs]
+    width = max(map(len, rows)) + 2
+    lines = [" " * width + "".join(f"{name:>10}" for name in names)]
+    for label, values in rows.items():
+        lines.append(f"{label:<{width}}" + "".join(f"{values[name]:>10.4f}" for name in names))
+    return "\n".join(lines)

@@ -1,0 +1,202 @@
+"""TODO."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+
+from minionerec.catalog.sids import SID_TOKEN
+from minionerec.common.errors import UserError
+from minionerec.common.files import atomic_file
+
+Pair = tuple[str, str]  # (prompt, answer)
+
+
+class Rows(NamedTuple):
+    """Token ids of many rows; row i is `tokens[start[i]:start[i + 1]]`, its last `answer[i]` tokens the answer's."""
+
+    tokens: np.ndarray  # (all tokens,) int32
+    start: np.ndarray  # (rows + 1,) int64
+    answer: np.ndarray  # (rows,) int32, tokens; the end of sequence counts
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.diff(self.start)
+
+    def trimmed(self, cutoff_len: int) -> "Rows":
+        """The rows with at most `cutoff_len` tokens: a longer prompt loses its beginning."""
+        if len(self.answer) and self.answer.max() >= cutoff_len:
+            raise UserError(
+                f"--cutoff_len {cutoff_len} leaves no room beside an answer of {self.answer.max()} tokens; raise it"
+            )
+        kept = np.minimum(self.lengths, cutoff_len)
+        return Rows(_take(self.tokens, self.start[1:] - kept, kept), _starts(kept), self.answer)
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _take(values: np.ndarray, begin: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """`values[begin[i]:begin[i] + lengths[i]]` for every i, one after the other."""
+    shift = np.repeat(begin - _starts(lengths)[:-1], lengths)
+    return values[shift + np.arange(len(shift))]
+
+
+def tokenize(pairs: Sequence[Pair], tokenizer, suffix: str, separator: str) -> Rows:
+    """Rows of (prompt, answer) pairs: prompt, answer, `suffix`, end of sequence; the ids that `tokenizer` gives them.
+
+    Prompts repeat the same SIDs and titles over and over, so they are cut and each distinct piece is tokenised once
+    (`cut`). Where pieces would not give the same ids, prompts are tokenised whole.
+    """
+    prompts = pl.Series([prompt for prompt, _ in pairs])
+    answers = pl.Series([answer + suffix for _, answer in pairs])
+    found = cut(prompts, tokenizer, separator)
+    if found is None:
+        whole = Pieces.of(prompts.reshape((-1, 1)).arr.to_list())
+        found = whole, _ids(tokenizer, whole.texts)
+    pieces, ids = found
+    answer_pieces = Pieces.of(answers.reshape((-1, 1)).arr.to_list())
+
+    before, after = _special_ids(tokenizer)
+    encoded = [*ids, *_ids(tokenizer, answer_pieces.texts), before, after]
+    encoded.append([tokenizer.eos_token_id])
+    lengths = np.array([len(ids) for ids in encoded])
+    values, begin = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in encoded]), _starts(lengths)[:-1]
+
+    # every row as pieces: what the tokenizer puts first, the prompt's, what it puts last, answer, end of sequence
+    n, frame = len(pairs), len(encoded) - 3
+    ends = np.cumsum(pieces.counts + 4)
+    begins = ends - pieces.counts - 4
+    row_pieces = np.full(len(pieces.index) + 4 * n, -1)
+    row_pieces[begins], row_pieces[ends - 3], row_pieces[ends - 1] = frame, frame + 1, frame + 2
+    row_pieces[ends - 2] = len(pieces.texts) + answer_pieces.index
+    row_pieces[row_pieces < 0] = pieces.index
+    tokens = _take(values, begin[row_pieces], lengths[row_pieces])
+    row_lengths = np.add.reduceat(lengths[row_pieces], begins)
+    return Rows(tokens, _starts(row_lengths), (lengths[row_pieces[ends - 2]] + 1).astype(np.int32))
+
+
+def _ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def _special_ids(tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text of its own accord, such as a beginning of sequence."""
+    framed, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    before = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
+    return framed[:before], framed[before + len(bare) :]
+
+
+class Pieces(NamedTuple):
+    """Texts as pieces which, joined, are the text."""
+
+    texts: list[str]  # the distinct pieces
+    index: np.ndarray  # (all pieces,) which of them, text by text
+    counts: np.ndarray  # (texts,) pieces of each text
+
+    @classmethod
+    def of(cls, parts: pl.Series) -> "Pieces":
+        """From a column of lists of strings."""
+        encoded = parts.explode().to_arrow().dictionary_encode()
+        counts = parts.list.len().to_numpy().astype(np.int64)
+        return cls(encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64), counts)
+
+
+SAMPLE = 256  # prompts that are tokenised whole as well
+_MARK = "\x01"  # where a text is cut
+_LAST_WORD, _FIRST_WORD = re.compile(r"\S*\s*\Z"), re.compile(r"\s*\S*")
+
+
+def cut(prompts: pl.Series, tokenizer, separator: str) -> tuple[Pieces, list[list[int]]] | None:
+    """`prompts` cut so that the ids of the pieces, joined, are those of the prompts; None where no such cut is known.
+
+    Returns the pieces, and the ids of each distinct one.
+
+    A tokenizer always cuts beside its added tokens, here the SIDs'. Before the space of the `separator` of titles it
+    is cut if the pre-tokenizer cuts there too, whatever words meet there. A sample is tokenised whole, to see that the
+    tokenizer does not treat the beginning of a text in a way of its own.
+    """
+    sids = {token for token in tokenizer.get_added_vocab() if SID_TOKEN.fullmatch(token)}
+    if prompts.str.contains(_MARK, literal=True).any():
+        return None
+    apart = prompts  # marked beside every angle bracket; one that is no SID token's is found below
+    for found, marked in ((">", f">{_MARK}"), ("<", f"{_MARK}<"), (_MARK * 2, _MARK)):
+        apart = apart.str.replace_all(found, marked, literal=True)
+    sample = range(0, len(prompts), max(1, len(prompts) // SAMPLE))
+    whole = _ids(tokenizer, prompts[list(sample)])
+
+    def tried(marked: pl.Series) -> tuple[Pieces, list[list[int]]] | None:
+        pieces = Pieces.of(marked.str.split(_MARK))
+        if any(("<" in text or ">" in text) and text not in sids for text in pieces.texts):
+            return None  # a bracket that is no SID token's
+        starts = _starts(pieces.counts)
+        if not _pre_tokenizer_agrees(pieces, starts, sids, tokenizer.backend_tokenizer):
+            return None
+        ids = _ids(tokenizer, pieces.texts)
+        joined = [[i for piece in pieces.index[starts[row] : starts[row + 1]] for i in ids[piece]] for row in sample]
+        return (pieces, ids) if joined == whole else None
+
+    if " " in separator:
+        space = separator.index(" ")
+        found = tried(apart.str.replace_all(separator, separator[:space] + _MARK + separator[space:], literal=True))
+        if found is not None:
+            return found
+    return tried(apart)
+
+
+def _pre_tokenizer_agrees(pieces: Pieces, starts: np.ndarray, sids: set[str], backend) -> bool:
+    """Whether the pre-tokenizer cuts between all neighbouring pieces of which neither is a SID token.
+
+    It is asked about the words that meet there, each of them beside some that it meets, a pair on a line of its own.
+    """
+    plain = np.array([bool(text) and text not in sids for text in pieces.texts])[pieces.index]
+    meets = plain[:-1] & plain[1:]
+    meets[starts[1:-1] - 1] = False  # the last piece of one prompt and the first of the next
+    if not meets.any():
+        return True
+    if backend.pre_tokenizer is None:
+        return False
+    lasts, last = np.unique([_LAST_WORD.search(text[-64:]).group() for text in pieces.texts], return_inverse=True)
+    firsts, first = np.unique([_FIRST_WORD.match(text).group() for text in pieces.texts], return_inverse=True)
+    pairs = np.unique(last[pieces.index[:-1][meets]] * len(firsts) + first[pieces.index[1:][meets]])
+    pairs = pairs[_first_few(pairs // len(firsts)) | _first_few(pairs % len(firsts))]
+    left, right = lasts[pairs // len(firsts)].tolist(), firsts[pairs % len(firsts)].tolist()
+    spans = backend.pre_tokenizer.pre_tokenize_str("\n".join(a + b for a, b in zip(left, right, strict=True)))
+    begins = np.array([begin for _, (begin, _) in spans])
+    line = _starts(np.array([len(a) + len(b) + 1 for a, b in zip(left, right, strict=True)]))[:-1]
+    return bool(np.isin(line + np.array([len(a) for a in left]), begins).all())
+
+
+def _first_few(values: np.ndarray, few: int = 4) -> np.ndarray:
+    """True for the first `few` places of each value. (n,) -> (n,)."""
+    order = np.argsort(values, kind="stable")
+    ranked = values[order]
+    mask = np.empty(len(values), dtype=bool)
+    mask[order] = np.arange(len(values)) - np.searchsorted(ranked, ranked) < few
+    return mask
+
+
+def tokenize_cached(pairs: Sequence[Pair], tokenizer, suffix: str, separator: str, cache_dir: str | Path) -> Rows:
+    """`tokenize`, kept in `cache_dir` under a digest of the texts and the tokenizer; an empty `cache_dir` keeps none."""
+    if not cache_dir:
+        return tokenize(pairs, tokenizer, suffix, separator)
+    digest = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16)
+    digest.update(f"{tokenizer.eos_token_id}\0{suffix}\0{separator}".encode())
+    for pair in pairs:
+        digest.update("\0".join(pair).encode())
+        digest.update(b"\0\0")
+    path = Path(cache_dir) / f"{digest.hexdigest()}.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as stored:
+            print(f"{len(pairs):,} rows as tokens from {path}")
+            return Rows(**stored)
+    rows = tokenize(pairs, tokenizer, suffix, separator)
+    with atomic_file(path, "wb") as f:
+        np.savez(f, **rows._asdict())
+    return rows

@@ -1,0 +1,143 @@
+"""TODO."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from minionerec.common.errors import UserError
+from rq.index_file import to_sids
+from rq.models.vq import sinkhorn
+
+MODES = ("none", "sinkhorn", "nearest_free", "extra_token")
+SINKHORN_EPSILON, SINKHORN_ITERATIONS, SINKHORN_ROUNDS = 0.003, 50, 20
+SINKHORN_BLOCK = 1 << 22  # distances at once
+
+
+def keys_of(codes: np.ndarray) -> np.ndarray:
+    """(items,) int64, equal where rows of `codes` are equal and in the rows' order: one number sorts faster than a row.
+
+    No columns give zeros.
+    """
+    keys, span = np.zeros(len(codes), dtype=np.int64), 1
+    for column in codes.T:
+        width = int(column.max()) + 2
+        if span * width >= 2**62:
+            keys = np.unique(keys, return_inverse=True)[1].reshape(-1)
+            span = len(codes)
+        keys, span = keys * width + column + 1, span * width
+    return keys
+
+
+def collision_rate(codes: np.ndarray) -> float:
+    """1 - distinct SIDs / items, in [0, 1)."""
+    return 1 - len(np.unique(keys_of(codes))) / len(codes)
+
+
+def colliding_groups(codes: np.ndarray) -> Iterator[np.ndarray]:
+    """The items of each SID that several share, ids rising; groups in order of their SIDs."""
+    keys = keys_of(codes)
+    order = np.argsort(keys, kind="stable")
+    first = np.flatnonzero(np.diff(keys[order], prepend=keys[order[0]] - 1))
+    sizes = np.diff(first, append=len(keys))
+    for start, size in zip(first[sizes > 1], sizes[sizes > 1], strict=True):
+        yield order[start : start + size]
+
+
+def refuse_small_codebooks(sizes: Sequence[int], n_items: int, mode: str) -> None:
+    """Raises `UserError` where codebooks of `sizes` have fewer SIDs than there are items, unless extra tokens help."""
+    if math.prod(sizes) < n_items and mode != "extra_token":
+        raise UserError(
+            f"{' x '.join(map(str, sizes))} codes make {math.prod(sizes)} SIDs, fewer than the {n_items} items; give more "
+            f"levels or codes, or --collision extra_token"
+        )
+
+
+def resolve(codes: np.ndarray, mode: str, residuals: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """`codes` with collisions treated by `mode`, one of `MODES`; the input is left as it is.
+
+    residuals: (items, dim) what the last level quantises; codebook: (K, dim) of the last level.
+    """
+    if mode == "none":
+        return codes.copy()
+    if mode == "extra_token":
+        return extra_token(codes)
+    return {"sinkhorn": sinkhorn_last_level, "nearest_free": nearest_free}[mode](codes, residuals, codebook)
+
+
+def _distances(residuals: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """Squared distances (rows, K) in float64."""
+    x, e = residuals.astype(np.float64), codebook.astype(np.float64)
+    return (x**2).sum(1, keepdims=True) + (e**2).sum(1) - 2 * x @ e.T
+
+
+def sinkhorn_last_level(
+    codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, rounds: int = SINKHORN_ROUNDS
+) -> np.ndarray:
+    """Each colliding group's last codes chosen anew by Sinkhorn over the group, at most `rounds` times.
+
+    Items with equal residuals get equal codes, so exact duplicates still collide afterwards. An item onto whose code
+    another moves is in a colliding group from then on, and may move too.
+    """
+    codes = codes.copy()
+    for _ in range(rounds):
+        before = codes.copy()
+        by_size: dict[int, list[np.ndarray]] = {}
+        for items in colliding_groups(codes):
+            by_size.setdefault(len(items), []).append(items)
+        for size, groups in sorted(by_size.items()):
+            step = max(1, SINKHORN_BLOCK // (size * len(codebook)))
+            for start in range(0, len(groups), step):
+                items = np.stack(groups[start : start + step])  # (groups, size): one problem each
+                distances = _distances(residuals[items.reshape(-1)], codebook).reshape(*items.shape, -1)
+                plan = sinkhorn(torch.from_numpy(distances), SINKHORN_EPSILON, SINKHORN_ITERATIONS)
+                codes[items, -1] = plan.argmax(dim=-1).numpy()
+        if np.array_equal(codes, before):  # no group, or none that moves: later rounds would be the same
+            break
+    return codes
+
+
+def nearest_free(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """The first item of each colliding group keeps its SID; each other one takes its nearest free last code.
+
+    Free: no item with the same prefix has it. Items move in order of their ids within a group. Ends without a
+    collision, or raises `UserError` where a prefix holds more items than the last level has codes.
+    """
+    codes = codes.copy()
+    groups = list(colliding_groups(codes))
+    if not groups:
+        return codes
+    _, prefix = np.unique(keys_of(codes[:, :-1]), return_inverse=True)
+    prefix = prefix.reshape(-1)
+    sizes = np.bincount(prefix)
+    if sizes.max() > len(codebook):
+        items = np.flatnonzero(prefix == sizes.argmax())
+        name = "".join(to_sids(codes[items[:1], :-1])[0]) or "of length 0"
+        raise UserError(
+            f"prefix {name} holds {len(items)} items (the first is item {items[0]}) but its last level has only "
+            f"{len(codebook)} codes; use --collision extra_token, or larger codebooks"
+        )
+    crowded = np.unique(prefix[np.concatenate(groups)])
+    slot = np.searchsorted(crowded, prefix)  # row of `taken`, for items of crowded prefixes
+    taken = np.zeros((len(crowded), len(codebook)), dtype=bool)
+    inside = np.isin(prefix, crowded)
+    taken[slot[inside], codes[inside, -1]] = True
+    for items in groups:
+        moved = items[1:]
+        for item, distances in zip(moved, _distances(residuals[moved], codebook), strict=True):
+            code = np.where(taken[slot[item]], np.inf, distances).argmin()
+            taken[slot[item], code] = True
+            codes[item, -1] = code
+    return codes
+
+
+def extra_token(codes: np.ndarray) -> np.ndarray:
+    """One more level (items, levels + 1): 0, 1, 2, ... within each colliding group, -1 for every other item.
+
+    Without a collision, no level is added.
+    """
+    extra = np.full(len(codes), -1, dtype=codes.dtype)
+    for items in colliding_groups(codes):
+        extra[items] = np.arange(len(items))
+    return np.column_stack([codes, extra]) if (extra >= 0).any() else codes.copy()

@@ -1,0 +1,118 @@
+"""The runner of experiments: starts before what starts from them, resumption, selection's table, bad plans."""
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+from helpers import ROOT
+
+from benchmarks import experiments
+from minionerec.common.errors import UserError
+
+PLAN = """
+seeds: [1, 2]
+runs:
+  rule: {stage: rl, start: sft, cf: gru, env: {REWARD_TYPE: "rule,sasrec"}}
+  sft: {stage: sft, base: tiny, env: {NUM_EPOCHS: 1}}
+  gru: {stage: sasrec, env: {MODEL: gru4rec}}
+  few: {stage: sft, base: tiny, env: {NUM_EPOCHS: 1}, rows: 7}
+"""
+
+
+@pytest.fixture
+def options(world, tmp_path):
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    return experiments.Options(
+        plan=str(tmp_path / "plan.yaml"), dataset_dir=str(world.folder), output_dir=str(tmp_path / "out"),
+        bases="tiny=some/folder", jobs=3,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What would be launched; an evaluation writes metrics that depend on the seed, and predictions of two rows: the
+    target of the first is at rank 0 after RL and at rank 2 after SFT, that of the second is missed."""
+    calls = []
+
+    def launch(self, script, env, log):
+        calls.append((script, env))
+        value = 0.01 * int(env["SEED"])
+        table = {f"{m}@{k}": value for m in ("HR", "NDCG") for k in (1, 3, 5, 10, 20, 50)}
+        if script == "evaluate.sh":
+            path = Path(env["RESULT_JSON_DATA"])
+            path.with_suffix(".metrics.json").write_text(json.dumps({"item": table}))
+            target = 7 if "rule" in env["OUTPUT_DIR"] else 5
+            predicted = {"predict_item_id": [[[7], [9, 5]], [[8], [6]]], "item_id": [target, 4]}
+            pl.DataFrame(predicted).write_parquet(path.with_suffix(".parquet"))
+        if script == "sasrec.sh":
+            Path(env["OUTPUT_DIR"]).mkdir()
+            (Path(env["OUTPUT_DIR"]) / "metrics.json").write_text(json.dumps({"item": table, "valid": table}))
+
+    monkeypatch.setattr(experiments.Experiments, "launch", launch)
+    return calls
+
+
+def test_runs_train_from_their_start_and_are_scored(options, launched, capsys):
+    experiments.main(options)
+    scripts = [script for script, _ in launched]
+    assert [scripts.count(f"{stage}.sh") for stage in ("sft", "rl", "sasrec", "evaluate")] == [4, 2, 2, 12]
+    order = [(script, env["SEED"]) for script, env in launched]
+    for seed in "12":
+        assert max(order.index((needed, seed)) for needed in ("sft.sh", "sasrec.sh")) < order.index(("rl.sh", seed))
+    rl = next(env for script, env in launched if script == "rl.sh" and env["SEED"] == "2")
+    assert rl["MODEL_PATH"].endswith("out/sft-2/model") and rl["CF_PATH"].endswith("out/gru-2/model")
+    assert rl["REWARD_TYPE"] == "rule,sasrec" and rl["NPROC"] == "1"
+    rows = {env["OUTPUT_DIR"].split("/")[-2][:-2]: env["SAMPLE"] for script, env in launched if script == "evaluate.sh"}
+    assert rows == {"few": "7", "sft": "-1", "rule": "-1"}
+    table = capsys.readouterr().out
+    assert "| rule | 2 | 150 ±71 |" in table  # mean and standard deviation of .01 and .02, in 1e-4
+    assert "| gru | 2 | 150 ±71 |" in table
+    differences = next(line for line in table.splitlines() if line.startswith("| rule | +"))
+    # 1 - 1 / log2(4) of NDCG@10, for one row of two; half of all drawn pairs are that row twice or never
+    assert differences.split(" | ")[1:3] == ["+2500 [+0, +5000]", "+5000 [+0, +10000]"]
+    assert differences.endswith("| +2500 +2500 |")
+
+    launched.clear()
+    experiments.main(options)
+    assert launched == []  # all of it was done before
+    Path(options.plan).write_text(PLAN.replace("NUM_EPOCHS: 1", "NUM_EPOCHS: 2"))
+    experiments.main(options)
+    assert [script for script, _ in launched].count("rl.sh") == 2  # another start makes another run
+
+
+def test_a_failed_run_is_named_and_the_others_are_kept(options, monkeypatch, launched):
+    usual = experiments.Experiments.launch
+
+    def launch(self, script, env, log):
+        if script == "rl.sh" and env["SEED"] == "1":
+            raise RuntimeError("rl.sh ended with 1")
+        usual(self, script, env, log)
+
+    monkeypatch.setattr(experiments.Experiments, "launch", launch)
+    with pytest.raises(UserError, match="1 of 8 runs failed; rule seed 1: rl.sh ended with 1"):
+        experiments.main(options)
+    assert len((Path(options.output_dir) / "runs.jsonl").read_text().splitlines()) == 7
+
+
+@pytest.mark.parametrize(
+    "plan, message",
+    [
+        ("runs: {a: {stage: rl}}", "run a has stage 'rl', start None"),
+        ("runs: {a: {stage: sft, start: b}}", "run a has stage 'sft', start 'b'"),
+        ("runs: {a: {stage: sasrec, cf: a}}", "run a has stage 'sasrec', start None and cf 'a'"),
+        ("runs: {a: {stage: sft, base: x}, b: {stage: rl, start: a, cf: c}}", "start 'a' and cf 'c'"),
+        ("seeds: [1]", "not a plan"),
+        ("runs: {a: {stage: sft, base: other}}", "run a needs other=folder"),
+    ],
+)
+def test_plans_that_cannot_be(options, launched, plan, message):
+    Path(options.plan).write_text(plan)
+    with pytest.raises(UserError, match=message):
+        experiments.main(options)
+
+
+@pytest.mark.parametrize("plan", sorted((ROOT / "benchmarks" / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_plans_here_can_be_read(plan):
+    runs, seeds = experiments.read_plan(experiments.Options(plan=str(plan)))
+    assert runs and seeds

@@ -1,0 +1,75 @@
+"""Shared scaffolding of the tests: a small data set in the published layout, and how to run a stage."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+INDUSTRIAL = ROOT.parent / "shared" / "data" / "industrial"
+QWEN_TOKENIZER = ROOT.parent / "shared" / "tokenizers" / "qwen2.5"
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)
+
+N_ITEMS = 48
+
+
+def write_world(folder: Path, seed: int = 0) -> SimpleNamespace:
+    """Files of a data set with 48 items, where items 5 and 6 share a SID and items 7 and 8 a title."""
+    import convert_dataset
+
+    rng = random.Random(seed)
+    codes = [(item // 12, item // 4 % 3, item % 4) for item in range(N_ITEMS)]
+    codes[6] = codes[5]
+    titles = [f"Item number {item}, the 'best'" for item in range(N_ITEMS)]
+    titles[8] = titles[7]
+    index = {str(i): [f"<{letter}_{code}>" for letter, code in zip("abc", c, strict=True)] for i, c in enumerate(codes)}
+    meta = {str(i): {"title": t, "description": "", "brand": "", "categories": ""} for i, t in enumerate(titles)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "toy.index.json").write_text(json.dumps(index))
+    (folder / "toy.item.json").write_text(json.dumps(meta))
+    for split, users in (("train", 60), ("valid", 12), ("test", 12)):
+        lines = ["user_id:token\titem_id_list:token_seq\titem_id:token"]
+        for user in range(users):
+            start, length = rng.randrange(N_ITEMS), rng.randint(1, 6)
+            walk = [(start + step) % N_ITEMS for step in range(length + 1)]  # the next item is the next id
+            lines.append(f"{split}{user}\t{' '.join(map(str, walk[:-1]))}\t{walk[-1]}")
+        (folder / f"toy.{split}.inter").write_text("\n".join(lines) + "\n")
+    convert_dataset.main(
+        convert_dataset.Options(dataset_name="toy", data_dir=str(folder), output_dir=str(folder), max_history=10)
+    )
+    return SimpleNamespace(
+        folder=folder,
+        index=folder / "toy.index.json",
+        items=folder / "toy.item.json",
+        info=folder / "info" / "toy.txt",
+        train=folder / "train" / "toy.csv",
+        valid=folder / "valid" / "toy.csv",
+        test=folder / "test" / "toy.csv",
+    )
+
+
+def run_stage(script: str, *arguments, env: dict | None = None, check: bool = True, timeout: int = 600):
+    """Run `python script …` or `bash script.sh` from the project's root; returns the completed process."""
+    command = ["bash", script] if script.endswith(".sh") else [sys.executable, script]
+    if not script.endswith((".py", ".sh")):
+        command = [sys.executable, "-m", script]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment | {k: str(v) for k, v in (env or {}).items()},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if check:
+        assert done.returncode == 0, f"{script} {arguments}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done
