@@ -1,4 +1,6 @@
-"""Everything read from disk and every prompt: items, sequences, SFT tasks, RL prompts.
+"""Everything read from disk and every prompt: items, sequences, the task table of SFT and RL.
+
+`load` is the one entry: it reads a data set's files, checks them against each other and returns a `Data`.
 
 A row of a CSV is identified by item ids; titles and SIDs come from the item, index or info file by id, so that equal
 titles and shared SIDs cannot be confused. The CSV's own SID columns are checked against the catalog: a CSV made from
@@ -8,19 +10,86 @@ another index is refused. One function, `Prompts.render`, makes the prompt for S
 import ast
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 import yaml
 
-from minionerec.catalog.items import Items
+from minionerec.catalog.catalog import Catalog, target_counts
+from minionerec.catalog.items import Items, read_info, read_titles
+from minionerec.catalog.sids import read_index
 from minionerec.common.errors import UserError
 from minionerec.common.files import read_json, require_file
-from minionerec.language_model.checkpoints import PROMPT_FILE
-from minionerec.language_model.tokenizing import Pair
 
+PROMPT_FILE = "prompt.yaml"  # the copy of the template in a checkpoint folder
 DEFAULT_TEMPLATE = Path(__file__).parent / "config" / PROMPT_FILE
+SPLITS = {"train": "train_file", "valid": "eval_file", "test": "test_data_path"}  # and the option that names its CSV
+
+
+class Data(NamedTuple):
+    """A data set: items, catalog, and the samples of the splits that were asked for."""
+
+    items: Items
+    catalog: Catalog
+    train: pl.DataFrame | None = None  # columns user (str), history (list of item ids, oldest first), target (item id)
+    valid: pl.DataFrame | None = None
+    test: pl.DataFrame | None = None
+
+
+def load(
+    *,
+    info_file: str | Path = "",
+    sid_index_path: str | Path = "",
+    item_meta_path: str | Path = "",
+    train: str | Path = "",
+    valid: str | Path = "",
+    test: str | Path = "",
+    max_history: int = 10,
+    flags: Mapping[str, str] = SPLITS,
+) -> Data:
+    """Read a data set. Items come from the info file, or from the index and the item file; all three must agree.
+
+    train, valid, test: CSVs, empty for those that are not needed. Popularity, which orders items that share a SID, is
+    counted in train. flags: for error messages, the option that names each split's file. Raises `UserError` naming file
+    and row for whatever is malformed or belongs to another catalog.
+    """
+    items = read_items(info_file, sid_index_path, item_meta_path)
+    paths = {"train": train, "valid": valid, "test": test}
+    splits = {
+        name: read_sequences(path, items.sids, flags.get(name, SPLITS[name]), max_history)
+        for name, path in paths.items()
+        if path
+    }
+    popularity = target_counts(splits["train"], len(items.sids)) if train else None
+    return Data(items, Catalog(items.sids, popularity), **splits)
+
+
+def read_items(info_file: str | Path, sid_index_path: str | Path = "", item_meta_path: str | Path = "") -> Items:
+    """Items of an info file, or of an index and an item file; files that are given beside each other must agree."""
+    items = read_info(info_file) if info_file else None
+    sids = read_index(sid_index_path) if sid_index_path or not items else items.sids
+    titles = read_titles(item_meta_path) if item_meta_path or not items else items.titles
+    if len(titles) != len(sids):
+        raise UserError(
+            f"{item_meta_path}: found {len(titles)} items, expected the {len(sids)} of {sid_index_path or info_file}; "
+            "make both from one item file"
+        )
+    if items and sids != items.sids:
+        raise UserError(
+            f"{sid_index_path}: {len(sids)} items that differ from the {len(items.sids)} of {info_file}; "
+            "make both from one index (convert_dataset.sh)"
+        )
+    return items or Items(sids, titles)
+
+
+def drawn(rows: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
+    """`count` rows drawn by `seed`; all of them if there are no more, or if `count` is -1."""
+    return rows.sample(count, seed=seed) if 0 <= count < len(rows) else rows
+
+
+# ------------------------------------------------------------------------------------------------ sequences
 
 
 def _list_column(table: pl.DataFrame, column: str, path: Path) -> pl.Series:
@@ -104,6 +173,9 @@ def read_preferences(path: str | Path, flag: str = "user_preference_file") -> pl
     return pl.DataFrame({"user": list(content), "preference": [" ".join(text.split()) for text in content.values()]})
 
 
+# ------------------------------------------------------------------------------------------------ prompts
+
+
 class Prompts:
     """The wording of `config/prompt.yaml` for one category."""
 
@@ -157,37 +229,68 @@ def template_of(checkpoint: str | Path, given: str = "") -> Path:
     return Path(given) if given else own if own.exists() else DEFAULT_TEMPLATE
 
 
+# ------------------------------------------------------------------------------------------------ tasks
+
+
+class Example(NamedTuple):
+    """One row of a task."""
+
+    prompt: str
+    answer: str
+    history: list[int]  # item ids that the prompt shows, oldest first; empty for a task about one item
+    target: int  # the item that the answer is about; of several, the first
+
+
+Examples = Callable[[pl.DataFrame, Items, Prompts], Iterator[Example]]
+
+
+class Task(NamedTuple):
+    """A task of SFT. Where `answers_sid`, the answer is the target's SID, and RL can be rewarded for it too."""
+
+    examples: Examples
+    answers_sid: bool
+
+
 def next_sid_prompts(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> list[str]:
-    """The SID history -> next SID prompt of each sample: what evaluation and RL ask, and SFT's first task."""
+    """The prompt of each sample for the task `sid_seq`: what evaluation and RL ask."""
     return [prompts.render("sid_seq", history=prompts.sid_history(h, items)) for h in sequences["history"].to_list()]
 
 
-def _sequence_task(task: str, history: Callable, answer: Callable) -> Callable:
-    def pairs(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Pair]:
+def _sequence_task(task: str, history: Callable, answers: Callable) -> Examples:
+    """A history -> the next item. `history` writes the history into the prompt, `answers` lists the items' answers."""
+
+    def examples(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Example]:
         for past, target in sequences.select("history", "target").iter_rows():
-            yield prompts.render(task, history=history(prompts, past, items)), answer(items)[target]
+            yield Example(
+                prompts.render(task, history=history(prompts, past, items)), answers(items)[target], past, target
+            )
 
-    return pairs
-
-
-def _item_task(task: str, question: Callable, answer: Callable) -> Callable:
-    def pairs(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Pair]:
-        for asked, answered in zip(question(items), answer(items), strict=True):
-            yield prompts.render(task, item=asked), answered
-
-    return pairs
+    return examples
 
 
-def _sid_walk(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Pair]:
-    """The first item of a row -> every later one in order: as many targets in one row as it has items."""
+def _item_task(task: str, questions: Callable, answers: Callable) -> Examples:
+    """One name of an item -> its other name, for every item of the catalog."""
+
+    def examples(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Example]:
+        for item, (asked, answered) in enumerate(zip(questions(items), answers(items), strict=True)):
+            yield Example(prompts.render(task, item=asked), answered, [], item)
+
+    return examples
+
+
+def _sid_walk(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Example]:
+    """The first item of a row -> all later ones, in order: one row trains as many targets as it has later items."""
     for past, target in sequences.select("history", "target").iter_rows():
         walk = [*past, target]
         prompt = prompts.render("sid_walk", history=prompts.sid_history(walk[:1], items))
-        yield prompt, prompts.sid_history(walk[1:], items)
+        yield Example(prompt, prompts.sid_history(walk[1:], items), walk[:1], walk[1])
 
 
 def _preferences(sequences: pl.DataFrame, items: Items) -> Iterator[tuple[list[int], int, str]]:
-    """(history, target, preference) of the samples whose user has one; a preference that names the answer is refused."""
+    """(history, target, preference) of the samples whose user has a preference text.
+
+    Raises `UserError` where a text contains the answer.
+    """
     if "preference" not in sequences.columns:
         raise UserError("the preference tasks need --user_preference_file; give it, or leave them out of --sft_tasks")
     for user, past, target, text in sequences.select("user", "history", "target", "preference").iter_rows():
@@ -199,14 +302,16 @@ def _preferences(sequences: pl.DataFrame, items: Items) -> Iterator[tuple[list[i
             yield past, target, text
 
 
-def _sid_seq2preference(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Pair]:
-    for past, _, text in _preferences(sequences, items):
-        yield prompts.render("sid_seq2preference", history=prompts.sid_history(past, items)), text
+def _sid_seq2preference(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Example]:
+    for past, target, text in _preferences(sequences, items):
+        yield Example(
+            prompts.render("sid_seq2preference", history=prompts.sid_history(past, items)), text, past, target
+        )
 
 
-def _preference2sid(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Pair]:
-    for _, target, text in _preferences(sequences, items):
-        yield prompts.render("preference2sid", preference=text), items.sids[target]
+def _preference2sid(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Example]:
+    for past, target, text in _preferences(sequences, items):
+        yield Example(prompts.render("preference2sid", preference=text), items.sids[target], past, target)
 
 
 def _sids(items: Items) -> list[str]:
@@ -217,18 +322,18 @@ def _titles(items: Items) -> list[str]:
     return items.titles
 
 
-# name -> function from (sequences, items, prompts) to (prompt, answer) pairs
-SFT_TASKS: dict[str, Callable[[pl.DataFrame, Items, Prompts], Iterator[Pair]]] = {
-    "sid_seq": _sequence_task("sid_seq", Prompts.sid_history, _sids),
-    "title2sid": _item_task("title2sid", _titles, _sids),
-    "sid2title": _item_task("sid2title", _sids, _titles),
-    "sid_seq2title": _sequence_task("sid_seq2title", Prompts.sid_history, _titles),
-    "title_seq2title": _sequence_task("title_seq2title", Prompts.title_history, _titles),
-    "title_seq2sid": _sequence_task("title_seq2sid", Prompts.title_history, _sids),
-    "sid_walk": _sid_walk,
-    "sid_seq2preference": _sid_seq2preference,
-    "preference2sid": _preference2sid,
+TASKS: dict[str, Task] = {
+    "sid_seq": Task(_sequence_task("sid_seq", Prompts.sid_history, _sids), True),
+    "title2sid": Task(_item_task("title2sid", _titles, _sids), True),
+    "sid2title": Task(_item_task("sid2title", _sids, _titles), False),
+    "sid_seq2title": Task(_sequence_task("sid_seq2title", Prompts.sid_history, _titles), False),
+    "title_seq2title": Task(_sequence_task("title_seq2title", Prompts.title_history, _titles), False),
+    "title_seq2sid": Task(_sequence_task("title_seq2sid", Prompts.title_history, _sids), True),
+    "sid_walk": Task(_sid_walk, False),
+    "sid_seq2preference": Task(_sid_seq2preference, False),
+    "preference2sid": Task(_preference2sid, True),
 }
+RL_TASKS = [name for name, task in TASKS.items() if task.answers_sid and name != "preference2sid"]
 DEFAULT_TASKS = "sid_seq,title2sid,sid2title,sid_seq2title,title_seq2title"
 
 
@@ -237,8 +342,8 @@ def parse_tasks(text: str) -> dict[str, float]:
     weights = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, weight = part.partition(":")
-        if name not in SFT_TASKS:
-            raise UserError(f"--sft_tasks {text}: no task {name!r}, expected some of {', '.join(SFT_TASKS)}")
+        if name not in TASKS:
+            raise UserError(f"--sft_tasks {text}: no task {name!r}, expected some of {', '.join(TASKS)}")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
@@ -248,24 +353,21 @@ def parse_tasks(text: str) -> dict[str, float]:
         if not 0 < weights[name] < 1000:
             raise UserError(f"--sft_tasks {text}: weight {weight} of {name}, expected more than 0 and less than 1000")
     if not weights:
-        raise UserError(f"--sft_tasks: no task given, expected some of {', '.join(SFT_TASKS)}")
+        raise UserError(f"--sft_tasks: no task given, expected some of {', '.join(TASKS)}")
     return weights
 
 
 def sft_pairs(
-    weights: dict[str, float], sequences: pl.DataFrame, items: Items, prompts: Prompts, seed: int
-) -> list[Pair]:
-    """The (prompt, answer) pairs of every task, each task's rows taken `weight` times (a fraction is drawn by seed)."""
+    weights: Mapping[str, float], sequences: pl.DataFrame, items: Items, prompts: Prompts, seed: int
+) -> list[tuple[str, str]]:
+    """(prompt, answer) of every task, each task's rows taken `weight` times (a fraction is drawn by seed)."""
     rows = []
     for name, weight in weights.items():
-        pairs = list(SFT_TASKS[name](sequences, items, prompts))
+        pairs = [(example.prompt, example.answer) for example in TASKS[name].examples(sequences, items, prompts)]
         rows += pairs * int(weight)
         extra = round((weight - int(weight)) * len(pairs))
         rows += random.Random(f"{seed} {name}").sample(pairs, extra)
     return rows
-
-
-RL_TASKS = ("sid_seq", "title2sid", "title_seq2sid")
 
 
 def parse_rl_tasks(text: str) -> dict[str, int | None]:
@@ -287,32 +389,22 @@ def rl_rows(
     sequences: pl.DataFrame,
     items: Items,
     prompts: Prompts,
-    caps: dict[str, int | None] | None = None,
+    caps: Mapping[str, int | None] | None = None,
     seed: int = 0,
 ) -> dict[str, list]:
-    """Columns of the RL dataset. Each row carries its own target: nothing is looked up by prompt text.
+    """Columns of the RL dataset: prompt, target_sid, target_item, history_items, task.
 
-    caps: the most rows of each task, drawn by seed, None for all; by default SID history -> SID alone. An item's title
-    asks for that item and has no history; a history asks for the sample's target.
+    Each row carries its own target: nothing is looked up by prompt text. caps: the most rows of each task, drawn by
+    seed, None for all; by default `sid_seq` only.
     """
     columns: dict[str, list] = {name: [] for name in ("prompt", "target_sid", "target_item", "history_items", "task")}
-    histories, targets = sequences["history"].to_list(), sequences["target"].to_list()
     for task, cap in (caps or {"sid_seq": None}).items():
-        by_item = task == "title2sid"
-        rows = range(len(items.sids) if by_item else len(targets))
-        if cap is not None and cap < len(rows):
-            rows = sorted(random.Random(f"{seed} {task}").sample(rows, cap))
-        for row in rows:
-            history, target = ([], row) if by_item else (histories[row], targets[row])
-            if task == "sid_seq":
-                fields = {"history": prompts.sid_history(history, items)}
-            elif task == "title_seq2sid":
-                fields = {"history": prompts.title_history(history, items)}
-            else:
-                fields = {"item": items.titles[target]}
-            columns["prompt"].append(prompts.render(task, **fields))
-            columns["target_sid"].append(items.sids[target])
-            columns["target_item"].append(target)
-            columns["history_items"].append(history)
-            columns["task"].append(task)
+        examples = list(TASKS[task].examples(sequences, items, prompts))
+        if cap is not None and cap < len(examples):
+            examples = [
+                examples[row] for row in sorted(random.Random(f"{seed} {task}").sample(range(len(examples)), cap))
+            ]
+        for prompt, answer, history, target in examples:
+            for name, value in zip(columns, (prompt, answer, target, history, task), strict=True):
+                columns[name].append(value)
     return columns

@@ -2,7 +2,7 @@
 # The tests. `bash test.sh` runs the fast ones, `bash test.sh all` the slow and distributed ones too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-source environment.sh
+source shell/environment.sh
 
 case "${1:-}" in
     "") selection=(-m "not slow and not distributed and not vllm") ;;

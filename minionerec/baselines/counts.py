@@ -1,4 +1,4 @@
-"""TODO."""
+"""Baselines that only count: popularity and a first-order Markov chain."""
 
 from collections.abc import Sequence
 

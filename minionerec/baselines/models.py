@@ -36,8 +36,6 @@ from torch import nn
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file, read_json, require_file, write_json
 
-LOSSES = ("ce", "bce")
-
 
 class SequentialModel(nn.Module):
     """What the models share: embeddings, padding, scores, losses, saving.

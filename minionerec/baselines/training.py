@@ -1,67 +1,27 @@
-"""TODO."""
+"""Training of the sequential baselines, and the ranks of a baseline's targets.
+
+Every baseline ranks all items of the catalog. Test is scored once, with the epoch that was best on valid.
+"""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 import torch
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg
 
 from minionerec.baselines.models import MODELS, SequentialModel
+from minionerec.baselines.options import BaselineOptions, filter_heights
 from minionerec.catalog.catalog import Catalog, target_counts
 from minionerec.common.devices import pick_device
 from minionerec.common.errors import UserError
 from minionerec.evaluation.metrics import ranks_of_scores, table
 
-COUNTS = ("popularity", "markov")
-NAMES = (*COUNTS, *MODELS)
 ROWS_AT_ONCE = 1024  # rows scored at a time: scores are (rows, items)
 Scorer = Callable[[Sequence[Sequence[int]]], np.ndarray]  # histories, oldest first -> scores (rows, items)
-
-
-def filter_heights(text: str) -> list[int]:
-    """`"2,3,4"` or `"[2, 3, 4]"` -> `[2, 3, 4]`; empty if it is neither."""
-    parts = text.strip().removeprefix("[").removesuffix("]").split(",")
-    return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else []
-
-
-OWN_FLAGS = {"num_heads": ("sasrec",), "num_layers": ("sasrec", "gru4rec")}
-OWN_FLAGS |= dict.fromkeys(("num_filters", "filter_sizes", "num_vertical"), ("caser",))
-
-
-@dataclass
-class BaselineOptions:
-    model: str = HfArg(default="sasrec", help=f"one of {', '.join(NAMES)}, in any case; GRU is gru4rec")
-    seed: int = HfArg(default=42, help="of initial weights, batches, dropout, negatives and bootstrap")
-    max_history: int = HfArg(default=10, help="items of history a row keeps: the latest ones")
-    device: str = HfArg(default="", help="cpu, cuda, cuda:1, ...; cuda if there is one when left out")
-    # the architecture
-    hidden_size: int = HfArg(default=64, aliases=["--hidden_factor"], help="width of embeddings and layers")
-    dropout: float = HfArg(default=0.2, aliases=["--dropout_rate"], help="on embeddings and inside the model")
-    tie_embeddings: bool = HfArg(default=True, help="score by the input embeddings; False: by a table of their own")
-    popularity_bias: bool = HfArg(default=True, help="items' biases start at log popularity; False: at zero")
-    num_layers: int = HfArg(default=2, help="sasrec: blocks; gru4rec: layers")
-    num_heads: int = HfArg(default=2, help="sasrec: attention heads; divide hidden_size")
-    num_filters: int = HfArg(default=16, help="caser: horizontal filters of each height")
-    filter_sizes: str = HfArg(default="2,3,4", help="caser: heights of horizontal filters, items; max_history at most")
-    num_vertical: int = HfArg(default=4, help="caser: vertical filters")
-    # training
-    loss: str = HfArg(default="ce", aliases=["--loss_type"], help="ce (over the catalog) or bce (sampled negatives)")
-    negatives: int = HfArg(default=1, help="bce: items drawn for each position")
-    loss_positions: str = HfArg(default="last", help="predict only the row's target (last) or every position (all)")
-    epochs: int = HfArg(default=9, aliases=["--epoch"], help="epochs at most; valid is scored after each")
-    sample: int = HfArg(default=30_000, help="train rows drawn for an epoch (windows of a user overlap); -1: all")
-    batch_size: int = HfArg(default=64, help="train rows a step")
-    learning_rate: float = HfArg(default=1e-3, aliases=["--lr"], help="peak; falls linearly to zero over the epochs")
-    weight_decay: float = HfArg(default=0.01, help="AdamW's, on matrices")
-    early_stop: int = HfArg(default=5, help="epochs without a better valid NDCG@10 before training ends; 0: never")
-
-    def __post_init__(self):
-        self.model = {"gru": "gru4rec"}.get(self.model.lower(), self.model.lower())
 
 
 class Fit(NamedTuple):
@@ -96,7 +56,7 @@ def fit(options: BaselineOptions, train: pl.DataFrame, valid: pl.DataFrame, cata
     matrices = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay}]
     vectors = [{"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(matrices + vectors, lr=options.learning_rate)
-    sample = len(train) if options.sample == -1 else min(options.sample, len(train))
+    sample = len(train) if options.rows_per_epoch == -1 else min(options.rows_per_epoch, len(train))
     steps = math.ceil(sample / options.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (options.epochs * steps))
     print(f"{sum(p.numel() for p in parameters):,} parameters, {steps} steps an epoch, on {device}")

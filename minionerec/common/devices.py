@@ -1,4 +1,4 @@
-"""TODO."""
+"""The device and the precision of a run."""
 
 import os
 
@@ -8,7 +8,7 @@ from minionerec.common.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """`name` as a device; empty means cuda where there is one, else cpu. Raises `UserError` if it is not there."""
+    """`name` as a device; empty means cuda where there is a GPU, else cpu. Raises `UserError` if it is not there."""
     if not name:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -21,9 +21,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def device_has_bf16() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    """Whether there is a GPU that computes in bf16; one that only emulates it (T4, V100) does not count."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def wants_bf16() -> bool:
-    """Whether training runs in bf16: where the device has it, or an accelerate config asks for it."""
+    """Whether training runs in bf16: the device computes in it, or an accelerate config asks for it."""
     return device_has_bf16() or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"

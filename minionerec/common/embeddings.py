@@ -1,4 +1,4 @@
-"""TODO."""
+"""Item embeddings from disk, checked. Row i of `<D>.emb-<plm>-td.npy`, a float matrix (items, dim), is item i."""
 
 import hashlib
 from pathlib import Path

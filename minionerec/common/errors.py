@@ -1,5 +1,5 @@
-"""TODO."""
+"""The one error that a user can cause."""
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: where, what was found, what was expected, what to do."""
+    """Invalid input. The message is one line: where, what was found, what was expected, what to do."""

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Reading and writing files: checked, and atomic."""
 
 import json
 import os

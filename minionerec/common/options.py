@@ -1,37 +1,164 @@
-"""TODO."""
+"""Command-line options from a dataclass: the one place that holds an option's name, type, default and help.
 
+    @dataclass
+    class Options(StageOptions):
+        train_file: str = option("", "train CSV", role=INPUT)
+        lr: float = option(1e-3, "peak learning rate", aliases=["--learning_rate"])
+        output_dir: str = option("", "folder for the checkpoint", role=OUTPUT)
+
+    if __name__ == "__main__":
+        run(main, Options)
+
+A role says what an option means for the result (`minionerec.common.runs`):
+
+    SETTING   its value shapes the result (default)
+    INPUT     a path; the content of the file or folder shapes the result, its name does not
+    OUTPUT    a path that the stage writes
+    RUNTIME   neither: logging, batch sizes of evaluation, devices, resuming
+
+Started by a launcher (`shell/launcher.sh`), a script also reads options from environment variables: the option
+`--learning_rate` from `LEARNING_RATE`. An empty variable means the default; the command line overrides variables.
+"""
+
+import copy
+import dataclasses
+import math
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from transformers.hf_argparser import HfArgumentParser
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from minionerec.common.errors import UserError
-from minionerec.common.processes import leave_group
+from minionerec.common.files import require_file
+from minionerec.common.processes import leave_group, report_error
+
+SETTING, INPUT, OUTPUT, RUNTIME = "setting", "input", "output", "runtime"
+
+
+def option(default, help: str, *, role: str = SETTING, aliases: Sequence[str] = ()):
+    """A dataclass field for one option. A list as `default` makes an option of several values."""
+    value = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return HfArg(help=help.replace("%", "%%"), aliases=list(aliases), metadata={"role": role}, **value)
+
+
+def role_of(field: dataclasses.Field) -> str:
+    """The role of a field made by `option`; `SETTING` for any other field."""
+    return field.metadata.get("role", SETTING)
+
+
+@dataclass
+class StageOptions:
+    """What every stage takes, and the checks that every stage shares."""
+
+    overwrite: bool = option(
+        False, "move a result with other settings aside (to NAME.1) instead of refusing to start", role=RUNTIME
+    )
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise UserError(f"--{field.name} {value}: expected a finite number")
+        if not 0 <= getattr(self, "seed", 0) < 2**32:
+            raise UserError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
+
+    def check(self, **rules: tuple[bool, str]) -> None:
+        """Raise `UserError` for the first option whose rule, (holds, what is expected), does not hold."""
+        for name, (holds, expected) in rules.items():
+            if not holds:
+                raise UserError(f"--{name} {getattr(self, name)}: expected {expected}")
+
+    def at_least(self, least: float, *names: str) -> None:
+        """Raise `UserError` for the first of the options `names` below `least`."""
+        self.check(**{name: (getattr(self, name) >= least, f"at least {least}") for name in names})
+
+    def require(self, *names: str) -> None:
+        """Raise `UserError` for the first of the options `names` that is empty, or an input that does not exist."""
+        roles = {field.name: role_of(field) for field in dataclasses.fields(self)}
+        for name in names:
+            if roles[name] == INPUT:
+                require_file(getattr(self, name), name)
+            elif not getattr(self, name):
+                raise UserError(f"--{name} is required")
+
+
+# ------------------------------------------------------------------------------------------------ parsing
 
 
 class _Parser(HfArgumentParser):
     def error(self, message: str):
         raise UserError(f"{self.prog}: {message}; `{self.prog} --help` lists the options")
 
+    @staticmethod
+    def _parse_dataclass_field(parser, field: dataclasses.Field):
+        plain = copy.copy(field)
+        plain.metadata = {name: value for name, value in field.metadata.items() if name != "role"}  # argparse's alone
+        HfArgumentParser._parse_dataclass_field(parser, plain)
+
+
+def arguments_from_variables(options_class: type, variables: Mapping[str, str]) -> list[str]:
+    """Command-line arguments for every option (or alias) whose upper-case name is a non-empty variable."""
+    arguments = []
+    for field in dataclasses.fields(options_class):
+        names = [field.name, *(alias.lstrip("-") for alias in field.metadata.get("aliases", ()))]
+        for name in reversed(names):  # the option's own name overrides its aliases
+            value = variables.get(name.upper(), "")
+            if value and field.default_factory is not dataclasses.MISSING:
+                arguments += [f"--{field.name}", *value.split()]
+            elif value:
+                arguments.append(f"--{field.name}={value}")
+    return arguments
+
+
+def parse(options_class: type, arguments: Sequence[str]):
+    """An instance of `options_class`. Raises `UserError` for unknown options and invalid values."""
+    if os.environ.get("MINIONEREC_VARIABLES"):
+        arguments = [*arguments_from_variables(options_class, os.environ), *arguments]
+    parser = _Parser(options_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
+    options, unknown = parser.parse_args_into_dataclasses(
+        list(arguments), return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}")
+    return options
+
 
 def run(main: Callable, options_class: type) -> None:
-    """Parse the command line into `options_class`, call `main`, and turn a `UserError` into one line and exit code 2.
+    """Parse the command line, call `main(options)`, and turn an error of the user into one line and exit code 2.
 
-    `--debug` shows the traceback instead.
+    `--debug` also prints the traceback.
     """
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
-        parser = _Parser(options_class, allow_abbrev=False)
-        options, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-        if unknown:
-            parser.error(f"unknown option {unknown[0]}")
-        main(options)
-    except UserError as error:
+        main(parse(options_class, arguments))
+    except KeyboardInterrupt:
+        leave_group(130)
+        sys.exit(130)
+    except Exception as error:
+        message = message_of(error)
+        if message is None:
+            raise
         if debug:
             traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        report_error(message)
         leave_group(2)
         sys.exit(2)
     leave_group(0)
+
+
+def message_of(error: Exception) -> str | None:
+    """The line to print for an error that a user can cause; None for a defect of this program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}; check the path, its permissions and the free disk space"
+    polars = sys.modules.get("polars")
+    if polars and isinstance(error, polars.exceptions.PolarsError):
+        return f"a table could not be read: {str(error).splitlines()[0]}; check the input files"
+    return None

@@ -1,13 +1,52 @@
-"""TODO."""
+"""One process among several: who reports an error, what only the main process does, how to end."""
 
 import atexit
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from minionerec.common.errors import UserError
+
+ERRORS = "MINIONEREC_ERRORS"  # folder in which the processes of one launch leave their error lines
+
+
+def report_error(message: str) -> None:
+    """Print `error: …` on stderr as one line; under a launcher, leave it for the launcher to print once."""
+    line = f"error: {' '.join(message.split())}"
+    if os.environ.get(ERRORS):
+        Path(os.environ[ERRORS], os.environ.get("RANK", "0")).write_text(line, encoding="utf-8")
+    else:
+        print(line, file=sys.stderr)
+
+
+def on_main_process(function: Callable):
+    """The result of `function()`, called in the first process only and sent to all; a `UserError` reaches all too.
+
+    Needs an initialised process group where there are several processes (`accelerate.PartialState`).
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return function()
+    from accelerate.utils import broadcast_object_list
+
+    result = [None]
+    if int(os.environ["RANK"]) == 0:
+        try:
+            result = [function()]
+        except UserError as error:
+            result = [error]
+    [result] = broadcast_object_list(result)
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def leave_group(code: int) -> None:
-    """End a process that is one of several, without taking Python down: a gloo thread that frees a tensor meanwhile
-    aborts it, and DistributedDataParallel keeps gloo's threads alive even when its group is destroyed."""
+    """End a process that belongs to a process group, with `os._exit`.
+
+    Interpreter shutdown can abort inside gloo's threads, which DistributedDataParallel keeps alive even after its
+    group is destroyed. Exit handlers run and output is flushed first. A single process returns from here.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

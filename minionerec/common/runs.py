@@ -1,45 +1,277 @@
-"""TODO."""
+"""The record of a run: what a result was made from, so that a stage knows whether to skip, resume or start.
+
+    run = begin(options, "sft", folder=options.output_dir, writes=["*.safetensors", "config.json", "checkpoint-*"])
+    if run.complete:
+        return
+    …                       # run.resume: an unfinished run with the same identity was found
+    run.finish()
+
+The record is `run.json` in the result's folder, or `<name>.run.json` beside a result that is a file. It is written when
+the run begins, so that inputs are recorded as they were then, and again when it ends.
+
+The identity of a run is its stage, its options of role SETTING and the digests of its options of role INPUT
+(`minionerec.common.options`). The record also says, outside the identity: command, code version, package versions,
+device, time, seconds, and the files that were written.
+
+    what is found                                    what happens
+    no result                                        fresh start
+    complete, same identity, all files there         nothing to do
+    complete, same identity, a file is missing       made again
+    unfinished, same identity                        resumed
+    another identity, or files without a record      refused; with --overwrite True the old result moves to NAME.1
+
+Nothing is ever deleted here.
+"""
 
 import dataclasses
+import functools
+import hashlib
+import importlib.metadata
 import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from minionerec.common.errors import UserError
 from minionerec.common.files import write_json
+from minionerec.common.options import INPUT, SETTING, role_of
 
-MARK = "stage.json"
-WRITTEN = ("output_dir", "cache_dir")  # options that name folders which a stage writes to
-
-
-def _fingerprint(options) -> dict:
-    """The options, and size and time of every file (or file of a folder) that they name: what a result depends on."""
-    values = json.loads(json.dumps(dataclasses.asdict(options)))
-    files = {}
-    for name, value in values.items():
-        if isinstance(value, str) and value and name not in WRITTEN:
-            paths = sorted(Path(value).iterdir()) if Path(value).is_dir() else [Path(value)]
-            stats = [(path.name, path.stat()) for path in paths if path.is_file()]
-            files[name] = [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
-    return {"options": values, "files": files}
+ROOT = Path(__file__).parents[2]
+RECORD = "run.json"
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "polars", "numpy", "faiss-cpu")
+# What a folder's digest covers: models, tokenizers, templates, tables. Records, figures and logs are left out.
+DIGESTED = {".json", ".safetensors", ".bin", ".model", ".txt", ".yaml", ".npz", ".npy", ".gguf", ".csv", ".jinja"}
+NOT_DIGESTED = {RECORD, "metrics.json", "trainer_state.json", "result.json", "log.jsonl"}
 
 
-def begin(folder: str | Path, options) -> str:
-    """What to do about a stage whose result is `folder`: `"complete"`, `"resume"` or `"fresh"`.
+@dataclass
+class Run:
+    """A run that has begun. `state` is fresh, resume or complete."""
 
-    Complete and resume need the same options and unchanged input files; the folder is marked as begun.
+    state: str
+    path: Path  # of the record
+    record: dict
+    files: Sequence[str | Path] = ()  # the results, where they are files
+    writes: Sequence[str] = ()  # the results, where they are in the record's folder, as glob patterns
+
+    @property
+    def complete(self) -> bool:
+        return self.state == "complete"
+
+    @property
+    def resume(self) -> bool:
+        return self.state == "resume"
+
+    def finish(self) -> None:
+        """Mark the run as complete, with the files that it has written."""
+        base = self.path.parent
+        found = [Path(file) for file in self.files]
+        found += [path for pattern in self.writes for path in sorted(base.glob(pattern)) if path.is_file()]
+        outputs = {os.path.relpath(path, base): path.stat().st_size for path in found}
+        seconds = round(time.time() - self.record["started"] + self.record.get("seconds_before", 0), 1)
+        self.record |= {"complete": True, "seconds": seconds, "outputs": outputs, "device": device()}
+        write_json(self.path, self.record)
+
+
+def begin(
+    options,
+    stage: str,
+    *,
+    folder: str | Path = "",
+    files: Sequence[str | Path] = (),
+    record: str | Path = "",
+    writes: Sequence[str] = (),
+    inputs: Mapping[str, str | Path] | None = None,
+) -> Run:
+    """Start a run of `stage`, or find it finished. Call it before anything is written, in the main process.
+
+    folder, writes: the result is a folder; what the stage writes there, as glob patterns.
+    files, record: the result is these files; where the record goes (default: beside the first).
+    inputs: files that shape the result beside the options of role INPUT.
+
+    Raises `UserError` where a result with another identity, or files without a record, would be overwritten.
     """
-    mark = Path(folder) / MARK
-    now = _fingerprint(options)
+    path = Path(folder) / RECORD if folder else Path(record or Path(files[0]).with_suffix(".run.json"))
+    identity = identity_of(options, stage, inputs or {})
+    found = read_record(path)
+    existing = results(folder, writes, files, found, path)
+    if found and {key: found.get(key) for key in identity} == identity:
+        missing = [name for name in found.get("outputs", ()) if not (path.parent / name).exists()]
+        if found.get("complete") and not missing:
+            print(f"{folder or files[0]}: complete with these options, nothing to do")
+            note_changes(found, path)
+            return Run("complete", path, found, files, writes)
+        if found.get("complete"):
+            print(f"{path.parent / missing[0]} is missing; made again")
+        state = "fresh" if found.get("complete") else "resume"
+    else:
+        state = "fresh"
+        if existing:
+            reason = difference(found, identity) if found else f"{existing[0].name} was not made by this stage"
+            if not getattr(options, "overwrite", False):
+                raise UserError(
+                    f"{folder or existing[0]}: holds another result ({reason}); choose another output, or "
+                    "--overwrite True to move the old one aside"
+                )
+            print(f"the old result ({reason}) moves to {move_aside(existing, folder)}")
+    before = found.get("seconds_before", 0) if state == "resume" else 0
+    new = identity | {
+        "complete": False,
+        "command": " ".join(sys.argv),
+        "code": code_version(),
+        "versions": {"python": platform.python_version()} | versions(),
+        "started": time.time(),
+        "seconds_before": before,
+    }
+    write_json(path, new)
+    return Run(state, path, new, files, writes)
+
+
+# ------------------------------------------------------------------------------------------------ identity
+
+
+def identity_of(options, stage: str, inputs: Mapping[str, str | Path]) -> dict:
+    """What makes a result: the stage, settings by name, and a digest of each input."""
+    settings, paths = {}, dict(inputs)
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if role_of(field) == SETTING:
+            settings[field.name] = value
+        elif role_of(field) == INPUT:
+            paths[field.name] = value
+    if accelerate := accelerate_settings():
+        settings["accelerate"] = accelerate
+    digests = {name: digest(path) for name, path in paths.items() if path}
+    return json.loads(json.dumps({"stage": stage, "settings": settings, "inputs": digests}))
+
+
+def accelerate_settings() -> dict:
+    """What `accelerate launch` has set that shapes a result: mixed precision and the ZeRO stage."""
+    names = {"mixed_precision": "ACCELERATE_MIXED_PRECISION", "zero_stage": "ACCELERATE_DEEPSPEED_ZERO_STAGE"}
+    found = {name: os.environ.get(variable, "no") for name, variable in names.items()}
+    return {name: value for name, value in found.items() if value != "no"}
+
+
+def digest(path: str | Path | Sequence) -> str:
+    """A digest of a file's bytes, or of the files of a folder; a name that is no path (a model of the hub) is itself."""
+    if isinstance(path, list | tuple):
+        return " ".join(digest(part) for part in path)
+    path = Path(path)
+    if path.is_file():
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    if not path.is_dir():
+        return str(path)
+    total = hashlib.blake2b(digest_size=16)
+    for file in sorted([*path.glob("*"), *path.glob("*/*")]):
+        name = file.relative_to(path)
+        if file.is_file() and file.suffix in DIGESTED and file.name not in NOT_DIGESTED:
+            if not name.parts[0].startswith((".", "checkpoint-")):
+                total.update(f"{name}\0{digest(file)}\0".encode())
+    return total.hexdigest()
+
+
+def difference(found: dict, identity: dict) -> str:
+    """The first difference between a record and an identity, in words."""
+    if found.get("stage") != identity["stage"]:
+        return f"it was made by {found.get('stage')}"
+    for kind in ("settings", "inputs"):
+        there, now = found.get(kind, {}), identity[kind]
+        for name in sorted({*there, *now}):
+            if there.get(name) != now.get(name):
+                if kind == "inputs" and name in there and name in now:
+                    return f"the content of {name} has changed"
+                return f"{name} is {there.get(name)!r} there and {now.get(name)!r} now"
+    return "no setting differs"
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def read_record(path: Path) -> dict:
+    """The record in `path`; empty where there is none that can be read."""
     try:
-        found = json.loads(mark.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        found = {}
-    if found == now | {"complete": True}:
-        print(f"{folder}: complete, made with these options; remove {mark} to make it again")
-        return "complete"
-    write_json(mark, now | {"complete": False})
-    return "resume" if found == now | {"complete": False} else "fresh"
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def finish(folder: str | Path, options) -> None:
-    """Mark `folder` as complete."""
-    write_json(Path(folder) / MARK, _fingerprint(options) | {"complete": True})
+def results(folder, writes: Sequence[str], files: Sequence, found: dict, path: Path) -> list[Path]:
+    """The files of an earlier result: those of its record, and those that this stage would write over."""
+    names = [path.parent / name for name in found.get("outputs", ())]
+    names += [match for pattern in writes for match in sorted(Path(folder).glob(pattern))]
+    names += [Path(file) for file in files]
+    existing = [name for name in dict.fromkeys(names) if name.exists()]
+    return [*existing, path] if existing and path.exists() else existing or ([path] if found else [])
+
+
+def move_aside(existing: Sequence[Path], folder: str | Path) -> str:
+    """Rename an earlier result: into `<folder>.1`, or each file to `<file>.1`, or the next number that is free."""
+    number, folder = 1, str(folder).rstrip("/")
+    if folder:
+        while Path(f"{folder}.{number}").exists():
+            number += 1
+        target = Path(f"{folder}.{number}")
+        target.mkdir(parents=True)
+        for path in existing:
+            path.rename(target / path.name)
+        return str(target)
+    while any(Path(f"{path}.{number}").exists() for path in existing):
+        number += 1
+    for path in existing:
+        path.rename(f"{path}.{number}")
+    return f"{existing[0]}.{number}"
+
+
+def note_changes(found: dict, path: Path) -> None:
+    """Say what differs although the identity does not: files edited since, another version of the code."""
+    for name, size in found.get("outputs", {}).items():
+        if (path.parent / name).stat().st_size != size:
+            print(f"note: {path.parent / name} was changed after this stage wrote it; the changed file is kept")
+    if found.get("code") != code_version():
+        print(f"note: made by another version of the code ({found.get('code')}); --overwrite True makes it again")
+
+
+# ------------------------------------------------------------------------------------------------ provenance
+
+
+@functools.cache
+def code_version() -> str:
+    """A digest of the project's Python files."""
+    total = hashlib.blake2b(digest_size=8)
+    files = [
+        *ROOT.glob("*.py"),
+        *(f for room in ("minionerec", "rq", "preprocess") for f in (ROOT / room).rglob("*.py")),
+    ]
+    for file in sorted(files):
+        total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of the packages that shape results, where they are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device() -> str:
+    """The name of the GPU, or of the processor."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

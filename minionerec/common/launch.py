@@ -1,0 +1,50 @@
+"""Start a script in several processes with torchrun or accelerate, and print a user's error once.
+
+    python -m minionerec.common.launch torchrun --standalone --nproc_per_node 2 sft.py --base_model …
+    python -m minionerec.common.launch accelerate --config_file config/zero2_opt.yaml rl.py --model_path …
+
+The arguments after the first are those of `torchrun` or `accelerate launch`. Both print a traceback of their own when
+a process ends with an error code. Here the processes leave their error lines in a folder, each different line is
+printed once, and the exit code is 2. Any other failure of a process is shown as torchrun shows it.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from minionerec.common.processes import ERRORS
+
+
+def start(tool: str, arguments: list[str]) -> None:
+    sys.argv = [tool, *arguments]
+    if tool == "torchrun":
+        from torch.distributed.run import main
+    else:
+        from accelerate.commands.launch import main
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    main()
+
+
+def main() -> int:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    tool, arguments = sys.argv[1], sys.argv[2:]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[ERRORS] = folder
+        try:
+            start(tool, arguments)
+            return 0
+        except (ChildFailedError, subprocess.CalledProcessError) as failure:
+            lines = dict.fromkeys(path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir()))
+            if not lines:
+                print(failure, file=sys.stderr)
+                return 1
+            print("\n".join(lines), file=sys.stderr)
+            return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
