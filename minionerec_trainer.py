@@ -205,7 +205,7 @@ class ReReTrainer(GRPOTrainer):
             model.eval()
             leaf = self._draw(model, ids, mask, targets)
             if self.test_beam:
-                tested = beam_search(model, self.trie, ids, mask, self.test_beam, space=self.logp_space).leaf
+                tested = beam_search(model, self.trie, ids, mask, self.test_beam, space=self.logp_space).row
                 self._log_group_metrics("test", tested, targets)
             model.train(was_training)
         self._log_group_metrics("group", leaf, targets)
@@ -223,7 +223,7 @@ class ReReTrainer(GRPOTrainer):
         """The groups of some prompts as rows of the catalog's SIDs, most probable first: (prompts, group)."""
         drawn = math.ceil(DRAWN * self.num_generations) if self.dynamic_sampling else self.num_generations
         if self.beams:
-            leaf = beam_search(model, self.trie, ids, mask, drawn, self.temperature, space=self.logp_space).leaf
+            leaf = beam_search(model, self.trie, ids, mask, drawn, self.temperature, space=self.logp_space).row
         else:
             # Seeded by the step, not by what was drawn before: a resumed run draws what an unbroken one draws.
             step = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
@@ -231,9 +231,9 @@ class ReReTrainer(GRPOTrainer):
             draw = {"temperature": self.temperature, "top_p": self.top_p, "space": self.logp_space}
             found = sample(model, self.trie, ids, mask, drawn, **draw, generator=generator)
             # By leaf within equal scores, so that copies of one SID stand together.
-            order = found.leaf.argsort(dim=1, stable=True)
+            order = found.row.argsort(dim=1, stable=True)
             order = order.gather(1, found.score.gather(1, order).argsort(dim=1, descending=True, stable=True))
-            leaf = found.leaf.gather(1, order)
+            leaf = found.row.gather(1, order)
         return keep_target_first(leaf, targets, self.num_generations) if self.dynamic_sampling else leaf
 
     def _log_group_metrics(self, name: str, leaf: torch.Tensor, targets: torch.Tensor) -> None:

@@ -129,7 +129,7 @@ def be_side(options: Options, device: str) -> None:
                 completions = search().sequences[:, -LEVELS:]
             else:
                 completions = sids[
-                    beam_search(policy, trie, ids, mask, options.completions, space=space).leaf.flatten()
+                    beam_search(policy, trie, ids, mask, options.completions, space=space).row.flatten()
                 ]
             policy.train()
         times.append(now())

@@ -341,8 +341,8 @@ def test_groups_are_drawn_in_the_space_of_their_log_probs(policy, world, tmp_pat
         trainer = make_trainer(policy, world, tmp_path, logp_space=space, bf16=False, temperature=0.7)
         beams = beam_search(trainer.model, trainer.trie, ids, mask, 4, 0.7, space=space)
         targets = torch.zeros(len(ids), 1, dtype=torch.long)
-        assert torch.equal(trainer._draw(trainer.model, ids, mask, targets), beams.leaf)
-        completions = torch.tensor([trainer.completion_of_leaf[leaf] for leaf in beams.leaf.flatten().tolist()])
+        assert torch.equal(trainer._draw(trainer.model, ids, mask, targets), beams.row)
+        completions = torch.tensor([trainer.completion_of_leaf[leaf] for leaf in beams.row.flatten().tolist()])
         rows = torch.cat([ids.repeat_interleave(4, 0), completions], 1)
         real = torch.cat([mask.repeat_interleave(4, 0), torch.ones_like(completions)], 1)
         with torch.no_grad():
@@ -364,14 +364,14 @@ def test_sampled_groups(policy, world, tmp_path, dynamic_sampling):
     settings = {"beams": False, "dynamic_sampling": dynamic_sampling, "num_generations": 8}
     trainer = make_trainer(policy, world, tmp_path, rewards=reward_functions("ranking", 8), **settings)
     ids, mask = left_pad(policy.tokenizer(PROMPTS)["input_ids"], policy.tokenizer.pad_token_id, "cpu")
-    targets = beam_search(trainer.model, trainer.trie, ids, mask, 1).leaf  # likely to be drawn
+    targets = beam_search(trainer.model, trainer.trie, ids, mask, 1).row  # likely to be drawn
     groups = trainer._draw(trainer.model, ids, mask, targets)
     assert torch.equal(groups, trainer._draw(trainer.model, ids, mask, targets))
     trainer.state.global_step = 1
     assert not torch.equal(groups, trainer._draw(trainer.model, ids, mask, targets))
     assert groups.shape == (3, 8) and (groups == targets).any()
     scores = beam_search(trainer.model, trainer.trie, ids, mask, 1000)
-    for group, leaf, score in zip(groups, scores.leaf, scores.score, strict=True):
+    for group, leaf, score in zip(groups, scores.row, scores.score, strict=True):
         place = [leaf.tolist().index(sid) for sid in group.tolist()]
         assert place == sorted(place) and score.isfinite().all()
     trainer.train()

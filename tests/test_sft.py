@@ -395,7 +395,7 @@ def test_search_with_adapters_is_search_with_merged_weights(tmp_path, name, adap
     trainer.model.eval()
     found = beam_search(trainer.model, trie, ids, torch.ones_like(ids), 8)
     merged = beam_search(trainer.model.merge_and_unload(), trie, ids, torch.ones_like(ids), 8)
-    assert torch.equal(found.leaf, merged.leaf)
+    assert torch.equal(found.row, merged.row)
     torch.testing.assert_close(found.score, merged.score, atol=1e-5, rtol=1e-5)
 
 

@@ -21,7 +21,7 @@ from minionerec.decoding.tree_attention import PromptTree, require_tree_attentio
 class Beams(NamedTuple):
     """SIDs of each prompt. From `beam_search` best first and distinct; from `sample` as drawn."""
 
-    leaf: torch.Tensor  # (prompts, width) rows of the catalog's SIDs, -1 where a restricted trie has no more of them
+    row: torch.Tensor  # (prompts, width) rows of the catalog's SIDs, -1 where a restricted trie has no more of them
     score: torch.Tensor  # (prompts, width) sum of token log-probabilities in nats, over length ** length_penalty
 
 
@@ -60,7 +60,7 @@ def beam_search(
 
         ended = (reached / (depth + 1) ** length_penalty).masked_fill(leaf < 0, -torch.inf)
         best, place = torch.cat([done.score, ended], dim=1).topk(width)
-        done = Beams(torch.cat([done.leaf, leaf], dim=1).gather(1, place), best)
+        done = Beams(torch.cat([done.row, leaf], dim=1).gather(1, place), best)
         if depth + 1 < trie.depth:
             running = reached.masked_fill(leaf >= 0, -torch.inf)
             score, place = running.topk(min(num_beams, running.shape[1]))
@@ -161,21 +161,21 @@ def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -
 def recommend_batch(
     model, tokens: Sequence[Sequence[int]], pad_token_id: int, trie: Trie, num_beams: int, excluded=None, **search
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`beam_search` for one batch of token lists in evaluation mode: (leaf rows, scores), both (prompts, width).
+    """`beam_search` for one batch of token lists in evaluation mode: (SID rows, scores), both (prompts, width).
 
     excluded: for each prompt, rows of SIDs that it must not get; `search` goes to `beam_search`.
     """
     ids, mask = left_pad(tokens, pad_token_id, model.device)
     if excluded is not None and any(excluded):
         allowed = torch.ones(len(tokens), trie.n_leaves, dtype=torch.bool)
-        for row, leaves in enumerate(excluded):
-            allowed[row, leaves] = False
+        for prompt, sid_rows in enumerate(excluded):
+            allowed[prompt, sid_rows] = False
         trie = trie.restrict(allowed.to(model.device))
     was_training = model.training
     model.eval()
     found = beam_search(model, trie, ids, mask, num_beams, **search)
     model.train(was_training)
-    return found.leaf.cpu().numpy(), found.score.cpu().numpy()
+    return found.row.cpu().numpy(), found.score.cpu().numpy()
 
 
 def recommend(
@@ -194,23 +194,23 @@ def recommend(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`beam_search` for any number of prompts, in batches of about equal length, in evaluation mode.
 
-    Returns (leaf rows, scores), both (prompts, min(num_beams, leaves)), in the order of `prompts`; `progress` names
-    a progress bar, `excluded` the SIDs that each prompt must not get.
+    Returns (SID rows, scores), both (prompts, min(num_beams, catalog)), in the order of `prompts`. `progress` names
+    a progress bar; `excluded` holds, for each prompt, rows of SIDs that it must not get.
     """
     tokens = tokenizer(list(prompts))["input_ids"]
     width = min(num_beams, trie.n_leaves)
-    leaves, scores = np.zeros((len(tokens), width), dtype=np.int64), np.zeros((len(tokens), width))
+    sid_rows, scores = np.zeros((len(tokens), width), dtype=np.int64), np.zeros((len(tokens), width))
     trie, pad = trie.to(model.device), tokenizer.pad_token_id or 0
     batches = length_batches([len(t) for t in tokens], batch_size, batch_tokens)
-    for rows in tqdm(batches, desc=progress, disable=progress is None):
-        leaves[rows], scores[rows] = recommend_batch(
+    for batch in tqdm(batches, desc=progress, disable=progress is None):
+        sid_rows[batch], scores[batch] = recommend_batch(
             model,
-            [tokens[i] for i in rows],
+            [tokens[i] for i in batch],
             pad,
             trie,
             num_beams,
-            excluded and [excluded[i] for i in rows],
+            excluded and [excluded[i] for i in batch],
             length_penalty=length_penalty,
             space=space,
         )
-    return leaves, scores
+    return sid_rows, scores

@@ -91,7 +91,7 @@ def test_equals_transformers_beam_search(architecture):
     ids, mask = prompts_of([4, 9, 6])
     expected, scores = transformers_beams(model, sids, ids, mask, beams=12)
     beams = beam_search(model, Trie.build(sids), ids, mask, num_beams=12)
-    assert [sids[leaf] for leaf in beams.leaf.flatten().tolist()] == expected
+    assert [sids[leaf] for leaf in beams.row.flatten().tolist()] == expected
     torch.testing.assert_close(beams.score.flatten(), scores, atol=1e-4, rtol=0)
 
 
@@ -119,7 +119,7 @@ def test_equals_transformers_with_a_real_tokenizer(read):
     ids, mask = left_pad(tokenizer(["Next: <a_1><b_2><c_3>\n", "A title, and more\nAnswer:\n"])["input_ids"], 0, "cpu")
     expected, scores = transformers_beams(model, sids, ids, mask, beams=10)
     beams = beam_search(model, Trie.build(sids), ids, mask, num_beams=10)
-    assert [sids[leaf] for leaf in beams.leaf.flatten().tolist()] == expected
+    assert [sids[leaf] for leaf in beams.row.flatten().tolist()] == expected
     torch.testing.assert_close(beams.score.flatten(), scores, atol=1e-3, rtol=0)
 
 
@@ -148,7 +148,7 @@ def test_equals_transformers_on_a_trained_model():
     ids, mask = prompts_of([4, 9, 6, 3])
     expected, scores = transformers_beams(model, sids, ids, mask, beams=20)
     beams = beam_search(model, Trie.build(sids), ids, mask, num_beams=20)
-    assert [sids[leaf] for leaf in beams.leaf.flatten().tolist()] == expected
+    assert [sids[leaf] for leaf in beams.row.flatten().tolist()] == expected
     torch.testing.assert_close(beams.score.flatten(), scores, atol=1e-4, rtol=0)
 
 
@@ -157,9 +157,9 @@ def test_equals_transformers_on_a_catalog_smaller_than_the_beams():
     ids, mask = prompts_of([4, 9])
     expected, scores = transformers_beams(model, sids, ids, mask, beams=20)
     beams = beam_search(model, Trie.build(sids), ids, mask, num_beams=20)
-    assert beams.leaf.shape == (2, 7)
+    assert beams.row.shape == (2, 7)
     for row in range(2):  # what transformers adds after the catalog is spent has probability zero
-        assert [sids[leaf] for leaf in beams.leaf[row].tolist()] == expected[20 * row : 20 * row + 7]
+        assert [sids[leaf] for leaf in beams.row[row].tolist()] == expected[20 * row : 20 * row + 7]
         torch.testing.assert_close(beams.score[row], scores[20 * row : 20 * row + 7], atol=1e-4, rtol=0)
 
 
@@ -198,7 +198,7 @@ def test_mixed_depth_ended_by_a_token_beside_transformers(seed, num_beams):
     found = [tuple(s[: s.index(0) + 1]) for s in output.sequences[:, 3:].tolist()]
     theirs = output.sequences_scores.tolist()
     beams = beam_search(model, Trie.build(sids), ids, torch.ones_like(ids), num_beams)
-    ours = {sids[leaf]: score for leaf, score in zip(beams.leaf[0].tolist(), beams.score[0].tolist(), strict=True)}
+    ours = {sids[leaf]: score for leaf, score in zip(beams.row[0].tolist(), beams.score[0].tolist(), strict=True)}
     for place, (sid, score) in enumerate(zip(found, theirs, strict=True)):
         assert sid not in ours or ours[sid] == pytest.approx(score, abs=1e-4)
         assert beams.score[0, place].item() >= score - 1e-4
@@ -219,8 +219,8 @@ def test_wide_search_scores_every_sid_of_a_mixed_depth_catalog():
     sids = [(10, 50), (10, 51, 90), (10, 51, 91, 120), (11,), (12, 50, 90), (12, 50, 91)]
     prompt = [3, 4, 5]
     beams = beam_search(model, Trie.build(sids), torch.tensor([prompt]), torch.ones(1, 3, dtype=torch.long), 100)
-    assert sorted(beams.leaf[0].tolist()) == list(range(len(sids)))  # min(K, catalog), each once
-    for leaf, score in zip(beams.leaf[0].tolist(), beams.score[0].tolist(), strict=True):
+    assert sorted(beams.row[0].tolist()) == list(range(len(sids)))  # min(K, catalog), each once
+    for leaf, score in zip(beams.row[0].tolist(), beams.score[0].tolist(), strict=True):
         assert score == pytest.approx(log_prob(model, prompt, sids[leaf]), abs=1e-4)
     assert beams.score[0].tolist() == sorted(beams.score[0].tolist(), reverse=True)
 
@@ -233,7 +233,7 @@ def test_returns_min_of_beams_and_catalog_distinct(num_beams):
     rng.shuffle(sids)
     ids, mask = prompts_of([3, 5])
     beams = beam_search(model, Trie.build(sids), ids, mask, num_beams)
-    for row in beams.leaf.tolist():
+    for row in beams.row.tolist():
         assert len(set(row)) == len(row) == min(num_beams, len(sids))
     assert beams.score.isfinite().all()
 
@@ -262,7 +262,7 @@ def test_equals_a_plain_loop_on_mixed_depth(num_beams, seed, space):
         running = sorted((beam for beam in reached if beam[1] not in sids), reverse=True)[:num_beams]
     ids, mask = torch.tensor([prompt]), torch.ones(1, 3, dtype=torch.long)
     beams = beam_search(model, Trie.build(sids), ids, mask, num_beams, space=space)
-    assert [sids[leaf] for leaf in beams.leaf[0].tolist()] == [sid for _, sid in done]
+    assert [sids[leaf] for leaf in beams.row[0].tolist()] == [sid for _, sid in done]
     assert beams.score[0].tolist() == pytest.approx([score for score, _ in done], abs=1e-4)
 
 
@@ -272,7 +272,7 @@ def test_generation_config_has_no_say():
     before = beam_search(model, Trie.build(sids), ids, mask, 8)
     model.generation_config.update(do_sample=True, temperature=5.0, top_k=1, repetition_penalty=9.0, max_new_tokens=1)
     after = beam_search(model, Trie.build(sids), ids, mask, 8)
-    assert torch.equal(before.leaf, after.leaf) and torch.equal(before.score, after.score)
+    assert torch.equal(before.row, after.row) and torch.equal(before.score, after.score)
 
 
 def test_the_root_does_not_depend_on_the_prompts_last_tokens():
@@ -281,7 +281,7 @@ def test_the_root_does_not_depend_on_the_prompts_last_tokens():
     trie = Trie.build(sids)
     for prompt in ([1, 2, 3], [10, 50], [*sids[0]], [*sids[5][:2]], [2, sids[0][0]], [sids[9][0]], [0]):
         beams = beam_search(model, trie, torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long), 5)
-        for leaf, score in zip(beams.leaf[0].tolist(), beams.score[0].tolist(), strict=True):
+        for leaf, score in zip(beams.row[0].tolist(), beams.score[0].tolist(), strict=True):
             assert score == pytest.approx(log_prob(model, prompt, sids[leaf]), abs=1e-4)
 
 
@@ -294,9 +294,9 @@ def test_padding_batching_and_temperature():
         alone = beam_search(
             model, trie, ids[row : row + 1, -length:], mask[row : row + 1, -length:], 6, temperature=0.7
         )
-        assert alone.leaf[0].tolist() == together.leaf[row].tolist()
+        assert alone.row[0].tolist() == together.row[row].tolist()
         torch.testing.assert_close(alone.score[0], together.score[row], atol=1e-4, rtol=0)
-    best = sids[together.leaf[0, 0]]
+    best = sids[together.row[0, 0]]
     assert together.score[0, 0].item() == pytest.approx(log_prob(model, ids[0, -3:].tolist(), best, 0.7), abs=1e-4)
 
 
@@ -364,9 +364,9 @@ def test_catalog_space_normalises_over_what_the_trie_allows(architecture):
     beams = beam_search(
         model, Trie.build(MIXED), torch.tensor([prompt]), torch.ones(1, 3, dtype=torch.long), 9, 0.8, space="catalog"
     )
-    assert sorted(beams.leaf[0].tolist()) == list(range(len(MIXED)))
+    assert sorted(beams.row[0].tolist()) == list(range(len(MIXED)))
     assert beams.score[0].exp().sum().item() == pytest.approx(1.0, abs=1e-5)  # a distribution over the catalog
-    for leaf, score in zip(beams.leaf[0].tolist(), beams.score[0].tolist(), strict=True):
+    for leaf, score in zip(beams.row[0].tolist(), beams.score[0].tolist(), strict=True):
         assert score == pytest.approx(catalog_log_prob(model, prompt, MIXED[leaf], MIXED, 0.8), abs=1e-4)
 
 
@@ -387,17 +387,17 @@ def test_a_restricted_trie_decodes_as_one_built_from_the_subset(space):
             model, Trie.build([sids[i] for i in rows]), ids[row : row + 1], mask[row : row + 1], 12, space=space
         )
         n = min(12, len(rows))
-        assert restricted.leaf[row, :n].tolist() == rows[alone.leaf[0]].tolist()
+        assert restricted.row[row, :n].tolist() == rows[alone.row[0]].tolist()
         torch.testing.assert_close(restricted.score[row, :n], alone.score[0], atol=1e-4, rtol=0)
-        assert restricted.leaf[row, n:].eq(-1).all() and restricted.score[row, n:].eq(-torch.inf).all()
-        assert set(drawn.leaf[row].tolist()) <= set(rows.tolist())
+        assert restricted.row[row, n:].eq(-1).all() and restricted.score[row, n:].eq(-torch.inf).all()
+        assert set(drawn.row[row].tolist()) <= set(rows.tolist())
         same = beam_search(
             model, trie.restrict(torch.from_numpy(kept[row])), ids[row : row + 1], mask[row : row + 1], 12
         )
-        assert space == "catalog" or same.leaf[0].tolist() == restricted.leaf[row].tolist()
+        assert space == "catalog" or same.row[0].tolist() == restricted.row[row].tolist()
     nothing = torch.ones(3, len(sids), dtype=torch.bool)
     nothing[1] = False
-    assert beam_search(model, trie.restrict(nothing), ids, mask, 5, space=space).leaf[1].eq(-1).all()
+    assert beam_search(model, trie.restrict(nothing), ids, mask, 5, space=space).row[1].eq(-1).all()
     with pytest.raises(ValueError, match="no SID to draw"):
         sample(model, trie.restrict(nothing), ids, mask, 5, space=space)
 
@@ -413,7 +413,7 @@ def test_places_that_nothing_fills_name_no_sid():
             *prompts_of([4, 7]),
             28,
         )
-        assert found.leaf.tolist() == [[kept] + [-1] * 27] * 2
+        assert found.row.tolist() == [[kept] + [-1] * 27] * 2
 
 
 # ------------------------------------------------------------------------------------------------ which models
@@ -429,7 +429,7 @@ def test_padding_on_the_right_changes_nothing(architecture, space):
     right_ids = torch.stack([ids[row].roll(shift) for shift, row in rolled])
     right_mask = torch.stack([mask[row].roll(shift) for shift, row in rolled])
     right = beam_search(model, Trie.build(sids), right_ids, right_mask, 6, space=space)
-    assert right_mask[0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0] and torch.equal(left.leaf, right.leaf)
+    assert right_mask[0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0] and torch.equal(left.row, right.row)
     torch.testing.assert_close(left.score, right.score, atol=1e-4, rtol=0)
 
 
@@ -449,9 +449,9 @@ def test_heads_that_scale_cap_or_add(architecture):
     prompt = [3, 4, 5]
     arguments = (model, Trie.build(MIXED), torch.tensor([prompt]), torch.ones(1, 3, dtype=torch.long), 9)
     vocab, catalog = beam_search(*arguments), beam_search(*arguments, space="catalog")
-    for leaf, score in zip(vocab.leaf[0].tolist(), vocab.score[0].tolist(), strict=True):
+    for leaf, score in zip(vocab.row[0].tolist(), vocab.score[0].tolist(), strict=True):
         assert score == pytest.approx(log_prob(model, prompt, MIXED[leaf]), abs=1e-4)
-    for leaf, score in zip(catalog.leaf[0].tolist(), catalog.score[0].tolist(), strict=True):
+    for leaf, score in zip(catalog.row[0].tolist(), catalog.score[0].tolist(), strict=True):
         assert score == pytest.approx(catalog_log_prob(model, prompt, MIXED[leaf], MIXED), abs=1e-4)
 
 
@@ -462,11 +462,11 @@ def test_architectures_that_cannot_decode_a_tree_are_refused():
         beam_search(random_model(recurrent), *arguments)
     window = MistralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, sliding_window=16, **SMALL)
     model, (ids, mask) = random_model(window), prompts_of([12])
-    assert beam_search(model, *arguments).leaf.shape == (1, 3)  # a row of 2 + 3 * 3 tokens fits
+    assert beam_search(model, *arguments).row.shape == (1, 3)  # a row of 2 + 3 * 3 tokens fits
     with pytest.raises(UserError, match="18 tokens .*longer than the model's attention window of 16"):
         beam_search(model, arguments[0], ids, mask, 3)
     full = random_model(Qwen2Config(vocab_size=VOCABULARY, num_key_value_heads=2, sliding_window=16, **SMALL))
-    assert beam_search(full, arguments[0], ids, mask, 3).leaf.shape == (1, 3)
+    assert beam_search(full, arguments[0], ids, mask, 3).row.shape == (1, 3)
     flash = random_model(CONFIGS["qwen2"]())
     flash.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UserError, match="flash_attention_2, which takes no 4D mask"):
@@ -484,7 +484,7 @@ def test_a_model_under_autocast_is_not_taken_for_another_architecture(outside):
     model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
     AcceleratorState._reset_state(reset_partial_state=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=outside):
-        assert beam_search(model, Trie.build(MIXED), ids, mask, 3).leaf.shape == (2, 3)
+        assert beam_search(model, Trie.build(MIXED), ids, mask, 3).row.shape == (2, 3)
 
 
 @pytest.mark.parametrize("space", ["vocab", "catalog"])
@@ -496,8 +496,8 @@ def test_bfloat16_is_legal_and_close(space):
     rough = beam_search(model.bfloat16(), trie, ids, mask, 60, space=space)
     assert rough.score.dtype == torch.float32
     for row in range(2):
-        assert sorted(rough.leaf[row].tolist()) == list(range(len(sids)))
-        error = rough.score[row][rough.leaf[row].argsort()] - exact.score[row][exact.leaf[row].argsort()]
+        assert sorted(rough.row[row].tolist()) == list(range(len(sids)))
+        error = rough.score[row][rough.row[row].argsort()] - exact.score[row][exact.row[row].argsort()]
         assert error.abs().mean() < 0.3  # scores spread over tens of nats
 
 
@@ -558,14 +558,14 @@ def test_samples_follow_the_policy_over_the_catalog(space):
     trie, generator = Trie.build(MIXED), torch.Generator().manual_seed(0)
     parts = [sample(model, trie, ids, mask, 250, temperature=1.3, space=space, generator=generator) for _ in range(12)]
     drawn = Beams(*(torch.cat(values, dim=1) for values in zip(*parts, strict=True)))
-    n = drawn.leaf.shape[1]
+    n = drawn.row.shape[1]
     for row, prompt in enumerate((ids[0, 2:].tolist(), ids[1].tolist())):
-        share = torch.bincount(drawn.leaf[row], minlength=len(MIXED)) / n
+        share = torch.bincount(drawn.row[row], minlength=len(MIXED)) / n
         for leaf, sid in enumerate(MIXED):
             policy = catalog_log_prob(model, prompt, sid, MIXED, 1.3)
             score = policy if space == "catalog" else log_prob(model, prompt, sid, 1.3)
             assert share[leaf].item() == pytest.approx(math.exp(policy), abs=0.04)
-            for found in drawn.score[row][drawn.leaf[row] == leaf][:3].tolist():
+            for found in drawn.score[row][drawn.row[row] == leaf][:3].tolist():
                 assert found == pytest.approx(score, abs=1e-4)
 
 
@@ -576,7 +576,7 @@ def test_samples_repeat_by_seed_and_keep_to_the_nucleus():
     one, again, other = (
         sample(model, trie, ids, mask, 50, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
-    assert torch.equal(one.leaf, again.leaf) and not torch.equal(one.leaf, other.leaf)
+    assert torch.equal(one.row, again.row) and not torch.equal(one.row, other.row)
     greedy = sample(model, trie, ids, mask, 20, top_p=1e-6)
     for row, prompt in enumerate((ids[0, 2:].tolist(), ids[1].tolist())):
         prefix = ()
@@ -584,4 +584,4 @@ def test_samples_repeat_by_seed_and_keep_to_the_nucleus():
             following = sorted({sid[: len(prefix) + 1] for sid in MIXED if sid[: len(prefix)] == prefix})
             logits = model(input_ids=torch.tensor([prompt + list(prefix)])).logits[0, -1]
             prefix = max(following, key=lambda longer, logits=logits: logits[longer[-1]].item())
-        assert {MIXED[leaf] for leaf in greedy.leaf[row].tolist()} == {prefix}
+        assert {MIXED[leaf] for leaf in greedy.row[row].tolist()} == {prefix}

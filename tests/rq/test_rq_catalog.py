@@ -157,7 +157,7 @@ def test_appended_item_is_recommended(kind, tmp_path, base_model):
         optimizer.step()
         optimizer.zero_grad()
     beams = beam_search(model.eval(), trie, *left_pad([prompt], 0, "cpu"), num_beams=5)
-    assert beams.leaf[0, 0] == 57 and len(tokenizer) == size
+    assert beams.row[0, 0] == 57 and len(tokenizer) == size
 
 
 # ---- SIDs of mixed depth through the stages
