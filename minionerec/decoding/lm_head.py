@@ -1,8 +1,8 @@
-"""From hidden states to log-probabilities of the tokens that a trie allows, without a row of logits more than needed.
+"""Log-probabilities of the tokens that a trie allows, from hidden states. Decoding and RL both use them.
 
-space `vocab`: normalised over the whole vocabulary, as a language model is; the sum over the vocabulary runs in blocks,
-so that (prompts, beams, vocabulary) logits never exist. space `catalog`: normalised over the tokens that the trie allows
-at each node; only those tokens' rows of the LM head are multiplied. Decoding and RL both use `allowed_log_probs`.
+    space     log p(token t | node) =             rows of the LM head that are multiplied
+    vocab     logit_t − logsumexp over vocabulary   all, in blocks: (prompts, beams, vocabulary) logits never exist
+    catalog   logit_t − logsumexp over allowed      the level's tokens only
 """
 
 from typing import NamedTuple
@@ -12,13 +12,13 @@ from torch.nn.functional import linear
 
 from minionerec.catalog.trie import Allowed, Trie
 from minionerec.common.errors import UserError
+from minionerec.decoding.spaces import SPACES
 
-SPACES = ("vocab", "catalog")
-BLOCK = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits computed at once: what fits the CPU's cache, what fills a GPU
+BLOCK = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits computed at once: fits the CPU's cache, fills a GPU
 
 
 def unwrap_adapter(model):
-    """The causal LM inside a `peft.PeftModel` (its adapter layers stay in force), or `model` itself."""
+    """The causal LM inside a `peft.PeftModel`, its adapter layers still active; any other `model` itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -35,7 +35,7 @@ class LMHead(NamedTuple):
         """The head of a causal LM, by its config; raises `UserError` where it is not one linear layer.
 
         Scale and cap are those of Cohere (`logit_scale`), Granite (`logits_scaling`) and Gemma
-        (`final_logit_softcapping`); `tree_attention.require_tree_attention` tells any other transformation by numbers.
+        (`final_logit_softcapping`). `tree_attention.require_tree_attention` detects any other transformation.
         """
         model = unwrap_adapter(model)
         head, config = model.get_output_embeddings(), model.config.get_text_config()
@@ -85,9 +85,9 @@ def allowed_log_probs(
 ) -> tuple[torch.Tensor, Allowed]:
     """Log-probabilities of what may follow each node, in nats, and which tokens and nodes those are.
 
-    hidden: (..., dim) the state that predicts the next token; node: (...) where in the trie it stands. `level` is the
-    depth of all the nodes, where it is one: then only that level's tokens are multiplied. Returns (..., width) values,
-    -inf where nothing is allowed, and the `Allowed` of the same width. Differentiable in `hidden` and in the head.
+    hidden: (..., dim) states that predict the next token; node: (...) their trie nodes; level: the depth of the nodes if
+    all have the same, so that only that level's tokens are multiplied. Returns (..., width) log-probabilities, -inf where
+    nothing is allowed, and the `Allowed` of the same width. Differentiable in `hidden` and in the head.
     """
     allowed = trie.allowed(node, level)
     low, high = trie.columns[level] if level is not None else (0, len(trie.tokens))
