@@ -20,9 +20,9 @@ the target and of sampled items; no model knows the user, so that any history ca
     model.scores([[3, 17, 5], [8]])  # histories, oldest item first -> (2, items) float32, higher is better
 """
 
+import itertools
 import math
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -38,58 +38,83 @@ from minionerec.common.files import atomic_file, read_json, require_file, write_
 
 
 class SequentialModel(nn.Module):
-    """What the models share: embeddings, padding, scores, losses, saving.
+    """What the models share: the item table, padding, scores, losses, saving.
 
-    A model defines `forward(histories, keep)`: states of the last `keep` positions, (rows, keep, hidden), of histories
-    (rows, length) as of `pad`. A position's state depends on the items up to it, and on no padding.
+    A model defines `forward(items)`: the state at every position, (rows, length, hidden), of item ids (rows, length)
+    padded on the right with `n_items`. A state depends on the items up to its position and on no padding.
+
+    features: (items, dim) frozen item vectors; items are then embedded by a trained projection of them, not by id.
     """
 
     name: str  # as in --model and in config.json
-    sizes: tuple[str, ...]  # the keyword arguments of its own, all saved in config.json
+    sizes: tuple[str, ...]  # keyword arguments that only this model takes, all saved in config.json
 
     def __init__(
-        self, *, n_items: int, max_history: int, hidden_size: int, dropout: float, tie_embeddings: bool = True
+        self,
+        *,
+        n_items: int,
+        max_history: int,
+        hidden_size: int,
+        dropout: float,
+        tie_embeddings: bool = True,
+        features: torch.Tensor | None = None,
+        feature_dim: int = 0,
     ):
         super().__init__()
+        feature_dim = feature_dim if features is None else features.shape[1]
         self.n_items, self.max_history, self.dropout = n_items, max_history, dropout
         self.config = {"n_items": n_items, "max_history": max_history, "hidden_size": hidden_size}
-        self.config |= {"dropout": dropout, "tie_embeddings": tie_embeddings}
-        self.items = nn.Embedding(n_items + 1, hidden_size, padding_idx=n_items)
+        self.config |= {"dropout": dropout, "tie_embeddings": tie_embeddings, "feature_dim": feature_dim}
+        self.hidden_size = hidden_size
+        if feature_dim:
+            self.register_buffer("features", torch.zeros(n_items, feature_dim) if features is None else features)
+            self.items = nn.Sequential(
+                nn.Linear(feature_dim, 2 * hidden_size), nn.GELU(), nn.Linear(2 * hidden_size, hidden_size)
+            )
+        else:
+            self.items = nn.Embedding(n_items + 1, hidden_size, padding_idx=n_items)
+            nn.init.normal_(self.items.weight, std=0.02)
+            nn.init.zeros_(self.items.weight[n_items].detach())
         self.outputs = None if tie_embeddings else nn.Embedding(n_items, hidden_size)
+        if self.outputs is not None:
+            nn.init.normal_(self.outputs.weight, std=0.02)
         self.bias = nn.Parameter(torch.zeros(n_items))
-        for embedding in filter(None, (self.items, self.outputs)):
-            nn.init.normal_(embedding.weight, std=0.02)
-        nn.init.zeros_(self.items.weight[n_items].detach())
 
     def start_from_popularity(self, counts: Sequence[int]) -> None:
         """Set each item's bias to the logarithm of its share of targets (add-one): before training, popularity."""
         counts = torch.tensor(counts, dtype=torch.float64) + 1
         self.bias.data.copy_((counts / counts.mean()).log())
 
+    def table(self) -> torch.Tensor:
+        """The input embeddings: (items + 1, hidden); the last row is the padding's, zero."""
+        if isinstance(self.items, nn.Embedding):
+            return self.items.weight
+        return F.pad(self.items(self.features), (0, 0, 0, 1))
+
     def pad(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
-        """(rows, max_history): the latest items, padded on the left with `n_items`; `ValueError` for an unknown id."""
+        """(rows, longest): the latest `max_history` items, padded on the right with `n_items`.
+
+        An empty history is one padding item. Raises `ValueError` for an unknown id.
+        """
         recent = [history[-self.max_history :] for history in histories]
         lengths = np.array([len(history) for history in recent], dtype=np.int64)
-        flat = np.fromiter(chain.from_iterable(recent), dtype=np.int64, count=int(lengths.sum()))
+        flat = np.fromiter(itertools.chain.from_iterable(recent), dtype=np.int64, count=int(lengths.sum()))
         if len(flat) and not 0 <= flat.min() <= flat.max() < self.n_items:
             bad = flat[(flat < 0) | (flat >= self.n_items)][0]
             raise ValueError(f"item {bad} is not in the catalog of 0..{self.n_items - 1} that {self.name} knows")
-        padded = np.full((len(recent), self.max_history), self.n_items)
-        padded[np.arange(self.max_history) >= self.max_history - lengths[:, None]] = flat
-        return torch.from_numpy(padded).to(self.items.weight.device)
+        padded = np.full((len(recent), max(1, lengths.max(initial=0))), self.n_items)
+        padded[np.arange(padded.shape[1]) < lengths[:, None]] = flat
+        return torch.from_numpy(padded).to(self.bias.device)
 
-    def embed(self, histories: torch.Tensor) -> torch.Tensor:
-        """Item ids of any shape -> (..., hidden), zero for padding whatever its row of the table holds."""
-        real = (histories != self.n_items).unsqueeze(-1)
-        return self.items(histories) * math.sqrt(self.items.embedding_dim) * real
-
-    def states_at(self, histories: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """States where `places` (rows, length) is true: (places, hidden)."""
-        return self(histories, histories.shape[1])[places]
+    def embed(self, items: torch.Tensor) -> torch.Tensor:
+        """Item ids of any shape -> (..., hidden), zero for padding."""
+        real = (items != self.n_items).unsqueeze(-1)
+        vectors = self.items(items) if isinstance(self.items, nn.Embedding) else self.table()[items]
+        return vectors * math.sqrt(self.hidden_size) * real
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """(..., hidden) -> (..., items)."""
-        table = self.items.weight[: self.n_items] if self.outputs is None else self.outputs.weight
+        table = self.table()[: self.n_items] if self.outputs is None else self.outputs.weight
         return states @ table.T + self.bias
 
     @torch.no_grad()
@@ -98,35 +123,39 @@ class SequentialModel(nn.Module):
 
         histories: item ids, oldest first, of any length; the latest `max_history` count, none is allowed. Returns
         (rows, items) float32 on the model's device; the softmax of a row is the model's next-item distribution if it
-        was trained by cross-entropy. Raises `ValueError` for an id outside the catalog.
+        was trained with a softmax. Raises `ValueError` for an id outside the catalog.
         """
         self.eval()
-        return self.logits(self(self.pad(histories), 1)[:, 0])
+        items = self.pad(histories)
+        last = (items != self.n_items).sum(dim=1).clamp(min=1) - 1
+        return self.logits(self(items)[torch.arange(len(items)), last])
 
-    def loss(
-        self, histories: torch.Tensor, targets: torch.Tensor, *, every_position: bool, negatives: int = 0
-    ) -> torch.Tensor:
-        """Mean loss over positions, nats; histories: (rows, length) as of `pad`; targets: (rows,).
+    def loss(self, items: torch.Tensor, targets: torch.Tensor, *, kind: str = "ce", negatives: int = 0) -> torch.Tensor:
+        """Mean loss in nats over the positions that have a target.
 
-        `every_position` predicts each item after the first, else the target alone. Without `negatives`, softmax
-        cross-entropy; with them, binary cross-entropy of the item that follows and, averaged, of so many others,
-        drawn evenly from the items that the row does not hold (SASRec, equation 6).
+        items: (rows, length) as of `pad`; targets: (rows, length), the item to predict at each position, `n_items` where
+        there is none. kind:
+
+            ce                softmax over the catalog
+            sampled_softmax   softmax over the target and `negatives` items drawn evenly, shared by the batch
+            bce               binary cross-entropy of the target and, averaged, of `negatives` items for each position,
+                              drawn evenly from the items that the row does not hold (SASRec, equation 6)
         """
-        following = torch.cat([histories[:, 1:], targets[:, None]], dim=1)
-        if every_position:
-            places = histories != self.n_items
-        else:
-            places = torch.zeros_like(histories, dtype=torch.bool)
-            places[:, -1] = True
-        states = self.states_at(histories, places) if every_position else self(histories, 1)[:, 0]
-        wanted = following[places]
-        if not negatives:
+        places = targets != self.n_items
+        states, wanted = self(items)[places], targets[places]
+        if kind == "ce":
             return F.cross_entropy(self.logits(states), wanted)
-        row = torch.cat([histories, targets[:, None]], dim=1)
-        others = draw_unseen(row.repeat_interleave(places.sum(1), dim=0), self.n_items, negatives)
+        table = self.table() if self.outputs is None else self.outputs.weight
+        if kind == "sampled_softmax":
+            drawn = torch.randint(self.n_items, (negatives,), device=wanted.device)
+            own = (states * table[wanted]).sum(dim=1, keepdim=True) + self.bias[wanted, None]
+            others = states @ table[drawn].T + self.bias[drawn]  # (places, negatives)
+            others = others.masked_fill(drawn == wanted[:, None], -torch.inf)
+            return F.cross_entropy(torch.cat([own, others], dim=1), torch.zeros_like(wanted))
+        seen = torch.cat([items, targets], dim=1).repeat_interleave(places.sum(1), dim=0)
+        others = draw_unseen(seen, self.n_items, negatives)
         candidates = torch.cat([wanted[:, None], others], dim=1)  # (places, 1 + negatives)
-        table = self.items if self.outputs is None else self.outputs
-        logits = (table(candidates) @ states.unsqueeze(-1))[..., 0] + self.bias[candidates]
+        logits = (table[candidates] @ states.unsqueeze(-1))[..., 0] + self.bias[candidates]
         return F.softplus(-logits[:, 0]).mean() + F.softplus(logits[:, 1:]).mean()
 
     def save(self, folder: str | Path) -> None:
@@ -152,27 +181,30 @@ def draw_unseen(seen: torch.Tensor, n_items: int, count: int) -> torch.Tensor:
     return drawn
 
 
+# ------------------------------------------------------------------------------------------------ SASRec
+
+
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)), for the last `keep` positions."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
     def __init__(self, *, hidden_size: int, num_heads: int, dropout: float):
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
         self.attention_norm, self.feed_norm = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
-        self.query, self.key_value = nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, 2 * hidden_size)
+        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
         self.output = nn.Linear(hidden_size, hidden_size)
         self.feed = nn.Sequential(
             nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden_size, hidden_size)
         )
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
-        """x: (rows, length, hidden); mask: (rows, 1, length, length), True where seen -> (rows, keep, hidden)."""
-        normed, x = self.attention_norm(x), x[:, -keep:]
-        query = self.query(normed[:, -keep:])
-        key, value = self.key_value(normed).chunk(2, dim=-1)
-        query, key, value = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, length, hidden) -> the same shape; causal. Padding is on the right, where no real item sees it."""
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in self.query_key_value(self.attention_norm(x)).chunk(3, dim=-1)
+        )
         dropout = self.dropout if self.training else 0.0
-        seen = F.scaled_dot_product_attention(query, key, value, mask[:, :, -keep:], dropout)
+        seen = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
         x = x + F.dropout(self.output(seen.transpose(1, 2).flatten(-2)), dropout)
         return x + F.dropout(self.feed(self.feed_norm(x)), dropout)
 
@@ -186,22 +218,18 @@ class SASRec(SequentialModel):
     def __init__(self, *, num_layers: int, num_heads: int, **common):
         super().__init__(**common)
         self.config |= {"num_layers": num_layers, "num_heads": num_heads}
-        hidden_size = self.items.embedding_dim
-        self.positions = nn.Embedding(self.max_history, hidden_size)  # the last row is the latest item's
+        self.positions = nn.Embedding(self.max_history, self.hidden_size)  # row i is the i-th item of the window
         nn.init.normal_(self.positions.weight, std=0.02)
-        sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "dropout": self.dropout}
-        self.blocks = nn.ModuleList(Block(**sizes) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(hidden_size)
+        sizes = {"hidden_size": self.hidden_size, "num_heads": num_heads, "dropout": self.dropout}
+        self.blocks = nn.Sequential(*(Block(**sizes) for _ in range(num_layers)))
+        self.norm = nn.LayerNorm(self.hidden_size)
 
-    def forward(self, histories: torch.Tensor, keep: int) -> torch.Tensor:
-        length = histories.shape[1]
-        x = F.dropout(self.embed(histories) + self.positions.weight[-length:], self.dropout, self.training)
-        causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        own = torch.eye(length, dtype=torch.bool, device=x.device)  # padding sees itself: a softmax needs something
-        mask = ((histories != self.n_items)[:, None, None] & causal) | own  # (rows, 1, length, length)
-        for block in self.blocks[:-1]:
-            x = block(x, mask, length)
-        return self.norm(self.blocks[-1](x, mask, keep))
+    def forward(self, items: torch.Tensor) -> torch.Tensor:
+        x = self.embed(items) + self.positions.weight[: items.shape[1]]
+        return self.norm(self.blocks(F.dropout(x, self.dropout, self.training)))
+
+
+# ------------------------------------------------------------------------------------------------ GRU4Rec
 
 
 class GRU4Rec(SequentialModel):
@@ -213,60 +241,50 @@ class GRU4Rec(SequentialModel):
     def __init__(self, *, num_layers: int, **common):
         super().__init__(**common)
         self.config |= {"num_layers": num_layers}
-        hidden_size = self.items.embedding_dim
-        between = self.dropout if num_layers > 1 else 0.0  # nn.GRU drops between layers alone
-        self.gru = nn.GRU(hidden_size, hidden_size, num_layers, batch_first=True, dropout=between)
-        self.output = nn.Linear(hidden_size, hidden_size)
+        between = self.dropout if num_layers > 1 else 0.0  # nn.GRU has dropout between layers only
+        self.gru = nn.GRU(self.hidden_size, self.hidden_size, num_layers, batch_first=True, dropout=between)
+        self.output = nn.Linear(self.hidden_size, self.hidden_size)
 
-    def forward(self, histories: torch.Tensor, keep: int) -> torch.Tensor:
-        length = histories.shape[1]
-        # Items first and padding last: what follows an item cannot change its state.
-        padding = (histories == self.n_items).sum(1, keepdim=True)
-        place = torch.arange(length, device=histories.device).expand_as(histories)
-        x = self.embed(histories.gather(1, (place + padding) % length))
-        states, _ = self.gru(F.dropout(x, self.dropout, self.training))
-        back = ((place - padding) % length)[:, -keep:, None].expand(-1, -1, states.shape[-1])
-        return self.output(F.dropout(states.gather(1, back), self.dropout, self.training))
+    def forward(self, items: torch.Tensor) -> torch.Tensor:
+        states, _ = self.gru(F.dropout(self.embed(items), self.dropout, self.training))
+        return self.output(F.dropout(states, self.dropout, self.training))
+
+
+# ------------------------------------------------------------------------------------------------ Caser
 
 
 class Caser(SequentialModel):
-    """Convolutions over the last `max_history` items as an image (items, hidden)."""
+    """Convolutions over the last `window` items as an image (items, hidden)."""
 
     name = "caser"
     sizes = ("num_filters", "filter_sizes", "num_vertical")
+    window = 10  # items; the paper's Markov order is 5 to 9
 
     def __init__(self, *, num_filters: int, filter_sizes: Sequence[int], num_vertical: int, **common):
         super().__init__(**common)
         self.config |= {"num_filters": num_filters, "filter_sizes": list(filter_sizes), "num_vertical": num_vertical}
-        hidden_size = self.items.embedding_dim
+        hidden_size = self.hidden_size
+        self.window = min(self.window, self.max_history)
         self.horizontal = nn.ModuleList(nn.Conv1d(hidden_size, num_filters, height) for height in filter_sizes)
-        self.vertical = nn.Linear(self.max_history, num_vertical, bias=False)
+        self.vertical = nn.Linear(self.window, num_vertical, bias=False)
         self.output = nn.Linear(num_filters * len(filter_sizes) + num_vertical * hidden_size, hidden_size)
 
-    def windows(self, histories: torch.Tensor) -> torch.Tensor:
-        """(rows, length) -> (rows, length, max_history): the items up to each position, padded on the left."""
-        return F.pad(histories, (self.max_history - 1, 0), value=self.n_items).unfold(1, self.max_history, 1)
-
-    def encode(self, windows: torch.Tensor) -> torch.Tensor:
-        """(n, max_history) -> (n, hidden)."""
-        image = self.embed(windows)  # (n, max_history, hidden)
-        image = image.transpose(1, 2)
-        across = [F.relu(filters(image)).amax(-1) for filters in self.horizontal]  # each (n, filters)
+    def forward(self, items: torch.Tensor) -> torch.Tensor:
+        rows, length = items.shape
+        windows = F.pad(items, (self.window - 1, 0), value=self.n_items).unfold(1, self.window, 1)
+        image = self.embed(windows.flatten(0, 1)).transpose(1, 2)  # (rows * length, hidden, window)
+        across = [F.relu(filters(image)).amax(-1) for filters in self.horizontal]  # each (rows * length, filters)
         both = torch.cat([*across, self.vertical(image).flatten(1)], dim=1)
-        return F.relu(self.output(F.dropout(both, self.dropout, self.training)))
+        states = F.relu(self.output(F.dropout(both, self.dropout, self.training)))
+        return states.unflatten(0, (rows, length))
 
-    def states_at(self, histories: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        return self.encode(self.windows(histories)[places])
 
-    def forward(self, histories: torch.Tensor, keep: int) -> torch.Tensor:
-        windows = self.windows(histories)[:, -keep:]
-        return self.encode(windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
-
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 MODELS: dict[str, type[SequentialModel]] = {model.name: model for model in (SASRec, GRU4Rec, Caser)}
 
 
-def load_checkpoint(folder: str | Path, flag: str = "cf_path", n_items: int | None = None) -> SequentialModel:
+def load_checkpoint(folder: str | Path, flag: str = "baseline_path", n_items: int | None = None) -> SequentialModel:
     """The model that `SequentialModel.save` wrote, on the CPU, ready for `scores`.
 
     `n_items` is the size of the catalog it is to serve, if that is known. Raises `UserError`, naming the flag, if the

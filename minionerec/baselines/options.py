@@ -7,7 +7,7 @@ from minionerec.common.options import RUNTIME, StageOptions, option
 COUNTS = ("popularity", "markov")  # nothing is trained
 TRAINED = ("sasrec", "gru4rec", "caser")
 NAMES = (*COUNTS, *TRAINED)
-LOSSES = ("ce", "bce")
+LOSSES = ("ce", "sampled_softmax", "bce")
 OWN_OPTIONS = {  # options that only some models use
     "num_heads": ("sasrec",),
     "num_layers": ("sasrec", "gru4rec"),
@@ -36,16 +36,16 @@ class BaselineOptions(StageOptions):
     filter_sizes: str = option("2,3,4", "caser: heights of the horizontal filters in items, at most max_history")
     num_vertical: int = option(4, "caser: vertical filters")
     # training
-    loss: str = option("ce", "ce (softmax over the catalog) or bce (sampled negatives)", aliases=["--loss_type"])
-    negatives: int = option(1, "bce: items drawn for each position")
-    loss_positions: str = option("last", "last: predict the row's target; all: every position of the row")
-    epochs: int = option(9, "most epochs; valid is scored after each", aliases=["--epoch"])
-    rows_per_epoch: int = option(
-        30_000, "train rows drawn for an epoch (rows of one user overlap); -1: all", aliases=["--sample"]
+    loss: str = option(
+        "", f"{', '.join(LOSSES)}; default: ce, from 4,000 items on sampled_softmax", aliases=["--loss_type"]
     )
-    batch_size: int = option(64, "train rows per step")
-    learning_rate: float = option(1e-3, "peak learning rate; falls linearly to zero", aliases=["--lr"])
-    weight_decay: float = option(0.01, "AdamW weight decay of matrices")
+    negatives: int = option(2048, "sampled_softmax: items drawn for a step; bce: for each position")
+    epochs: int = option(200, "most epochs; valid is scored after each", aliases=["--epoch"])
+    time_budget: float = option(900.0, "seconds of training at most; 0: no limit")
+    batch_size: int = option(128, "sequences per step")
+    learning_rate: float = option(1e-3, "learning rate, constant", aliases=["--lr"])
+    weight_decay: float = option(0.05, "AdamW weight decay of matrices")
+    eval_rows: int = option(6000, "valid rows that are scored after each epoch, drawn by seed; -1: all")
     early_stop: int = option(5, "stop after this many epochs without a better valid NDCG@10; 0: never")
 
     def __post_init__(self):
@@ -53,15 +53,13 @@ class BaselineOptions(StageOptions):
         self.model = {"gru": "gru4rec"}.get(self.model.lower(), self.model.lower())
         self.check(
             model=(self.model in NAMES, f"one of {', '.join(NAMES)}"),
-            loss=(self.loss in LOSSES, " or ".join(LOSSES)),
-            loss_positions=(self.loss_positions in ("last", "all"), "last or all"),
-            rows_per_epoch=(self.rows_per_epoch >= 1 or self.rows_per_epoch == -1, "at least 1, or -1 for all"),
+            loss=(self.loss in ("", *LOSSES), f"one of {', '.join(LOSSES)}"),
             learning_rate=(self.learning_rate > 0, "more than 0"),
             dropout=(0 <= self.dropout < 1, "0 or more and below 1"),
         )
         sizes = ("hidden_size", "num_layers", "num_heads", "num_filters", "num_vertical")
         self.at_least(1, *sizes, "max_history", "negatives", "epochs", "batch_size")
-        self.at_least(0, "weight_decay", "early_stop")
+        self.at_least(0, "weight_decay", "early_stop", "time_budget")
         if self.model == "sasrec":
             below = self.hidden_size // self.num_heads * self.num_heads
             nearest = [size for size in (below, below + self.num_heads) if size > 0]
@@ -75,7 +73,7 @@ class BaselineOptions(StageOptions):
 
     def refuse_unused(self) -> None:
         """Raise `UserError` for an option that was set but that this model does not use."""
-        own = OWN_OPTIONS | {"negatives": TRAINED if self.loss == "bce" else ()}
+        own = OWN_OPTIONS | {"negatives": TRAINED if self.loss != "ce" else ()}
         for field in fields(self):
             used = self.model in own.get(field.name, TRAINED)
             if self.model in TRAINED and not used and getattr(self, field.name) != field.default:

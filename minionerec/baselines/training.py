@@ -4,7 +4,8 @@ Every baseline ranks all items of the catalog. Test is scored once, with the epo
 """
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -12,15 +13,19 @@ import numpy as np
 import polars as pl
 import torch
 from tqdm import tqdm
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from minionerec.baselines.models import MODELS, SequentialModel
 from minionerec.baselines.options import BaselineOptions, filter_heights
 from minionerec.catalog.catalog import Catalog, target_counts
+from minionerec.catalog.windows import chain, windows
 from minionerec.common.devices import pick_device
 from minionerec.common.errors import UserError
 from minionerec.evaluation.metrics import ranks_of_scores, table
 
+MAX_GRADIENT_NORM = 5.0
 ROWS_AT_ONCE = 1024  # rows scored at a time: scores are (rows, items)
+SAMPLED_FROM = 4_000  # items of the smallest catalog that is trained with sampled negatives by default
 Scorer = Callable[[Sequence[Sequence[int]]], np.ndarray]  # histories, oldest first -> scores (rows, items)
 
 
@@ -28,62 +33,108 @@ class Fit(NamedTuple):
     """A trained model with the weights of its best epoch."""
 
     model: SequentialModel
-    ndcg: float  # valid NDCG@10 by item
+    ndcg: float  # valid NDCG@10 by item, in the headline protocol
     epoch: int  # counted from 1
 
 
-def build(options: BaselineOptions, n_items: int) -> SequentialModel:
-    """The untrained model of `options`; weights depend on the seed alone."""
+def build(options: BaselineOptions, n_items: int, features: torch.Tensor | None = None) -> SequentialModel:
+    """The untrained model of `options`; weights depend on the seed only. features: (items, dim), or None."""
     torch.manual_seed(options.seed)
     kind = MODELS[options.model]
     values = asdict(options) | {"filter_sizes": filter_heights(options.filter_sizes)}
     common = ("max_history", "hidden_size", "dropout", "tie_embeddings")
-    return kind(n_items=n_items, **{name: values[name] for name in (*common, *kind.sizes)})
+    return kind(n_items=n_items, features=features, **{name: values[name] for name in (*common, *kind.sizes)})
 
 
-def fit(options: BaselineOptions, train: pl.DataFrame, valid: pl.DataFrame, catalog: Catalog) -> Fit:
-    """Train the model of `options` and keep the epoch with the best valid NDCG@10; test has no part in it."""
-    negatives = options.negatives if options.loss == "bce" else 0
-    if negatives and catalog.n_items <= options.max_history + 1:
-        raise UserError(f"--loss bce: {catalog.n_items} items may all stand in a row, so none is negative; use ce")
-    device = pick_device(options.device)
-    model = build(options, catalog.n_items)
+class Batches:
+    """Windows of whole sequences as (items, targets), both (rows, length); windows of about equal length together."""
+
+    def __init__(self, train: pl.DataFrame, max_history: int, n_items: int, batch_size: int):
+        self.sequences = chain(train)
+        self.windows = windows(self.sequences, max_history + 1)
+        self.n_items, self.batch_size = n_items, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.windows.begin) / self.batch_size)
+
+    def epoch(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """One pass in random order, drawn from torch's generator."""
+        lengths = self.windows.end - self.windows.begin
+        order = get_length_grouped_indices(lengths.tolist(), self.batch_size, mega_batch_mult=20)
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        for batch in torch.randperm(len(batches)).tolist():
+            yield self.tensors(np.array(batches[batch]))
+
+    def tensors(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        begin, end, context = (array[rows] for array in self.windows)
+        place = np.arange((end - begin).max())  # of an item in its window
+        items = self.sequences.items[np.minimum(begin[:, None] + place, len(self.sequences.items) - 1)]
+        items[place >= (end - begin)[:, None]] = self.n_items
+        targets = np.where(place >= context[:, None], items, self.n_items)
+        if context.min() == 0:  # an item without a history is predicted from a padding item
+            first = np.full((len(rows), 1), self.n_items)
+            items, targets = np.concatenate([first, items], axis=1), np.concatenate([first, targets], axis=1)
+        return torch.from_numpy(items[:, :-1].copy()), torch.from_numpy(targets[:, 1:].copy())
+
+
+def fit(
+    options: BaselineOptions,
+    train: pl.DataFrame,
+    valid: pl.DataFrame,
+    catalog: Catalog,
+    *,
+    exclude_seen: bool = False,
+    features: torch.Tensor | None = None,
+) -> Fit:
+    """Train the model of `options` on whole sequences; keep the epoch with the best valid NDCG@10. Test is not used.
+
+    exclude_seen: the headline protocol, in which an epoch is scored: without the items of the row's history.
+    """
+    if options.loss == "bce" and catalog.n_items <= 2 * options.max_history:
+        raise UserError(f"--loss bce: {catalog.n_items} items may all be in one row, so none is negative; use ce")
+    device, n_items = pick_device(options.device), catalog.n_items
+    loss = options.loss or ("ce" if n_items < SAMPLED_FROM else "sampled_softmax")
+    model = build(options, n_items, features)
     if options.popularity_bias:
-        model.start_from_popularity(target_counts(train, catalog.n_items))
+        model.start_from_popularity(target_counts(train, n_items))
     model.to(device)
-    histories, targets = model.pad(train["history"].to_list()), train["target"].to_torch().to(device)
+    batches = Batches(train, options.max_history, n_items, options.batch_size)
+    valid = valid.sample(min(len(valid), options.eval_rows), seed=options.seed) if options.eval_rows > 0 else valid
     parameters = list(model.parameters())
     matrices = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay}]
     vectors = [{"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(matrices + vectors, lr=options.learning_rate)
-    sample = len(train) if options.rows_per_epoch == -1 else min(options.rows_per_epoch, len(train))
-    steps = math.ceil(sample / options.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (options.epochs * steps))
-    print(f"{sum(p.numel() for p in parameters):,} parameters, {steps} steps an epoch, on {device}")
+    optimizer = torch.optim.AdamW(matrices + vectors, lr=options.learning_rate, betas=(0.9, 0.98))
+    print(
+        f"{sum(p.numel() for p in parameters):,} parameters, {len(batches)} steps an epoch, loss {loss}, on {device}; "
+        f"at most {options.epochs} epochs and {options.time_budget:.0f} s"
+    )
 
-    best, best_epoch, best_state = -1.0, 0, {}
+    best, best_epoch, best_state, started = -1.0, 0, {}, time.monotonic()
     for epoch in range(1, options.epochs + 1):
         model.train()
         total = torch.zeros((), device=device)
-        order = torch.randperm(len(targets))[:sample].to(device)
-        for rows in tqdm(
-            order.split(options.batch_size), f"epoch {epoch}/{options.epochs}", leave=False, mininterval=1
-        ):
-            loss = model.loss(
-                histories[rows], targets[rows], every_position=options.loss_positions == "all", negatives=negatives
-            )
+        for items, targets in tqdm(batches.epoch(), f"epoch {epoch}", len(batches), leave=False, mininterval=1):
+            value = model.loss(items.to(device), targets.to(device), kind=loss, negatives=options.negatives)
             optimizer.zero_grad()
-            loss.backward()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
             optimizer.step()
-            schedule.step()
-            total += loss.detach()
+            total += value.detach()
         if not torch.isfinite(total):
             raise UserError(f"the loss of epoch {epoch} is {total.item()}; lower --learning_rate")
-        ndcg = table(item_and_sid_ranks(scorer(model), valid, catalog)[0])["NDCG@10"]
+        ndcg = table(item_and_sid_ranks(scorer(model), valid, catalog, exclude_seen)[0])["NDCG@10"]
         if ndcg > best:
             best, best_epoch, best_state = ndcg, epoch, {k: t.clone() for k, t in model.state_dict().items()}
-        print(f"epoch {epoch}: loss {total.item() / steps:.4f}, valid NDCG@10 {ndcg:.4f} (best {best:.4f})", flush=True)
+        seconds = time.monotonic() - started
+        print(
+            f"epoch {epoch}: loss {total.item() / len(batches):.4f}, valid NDCG@10 {ndcg:.4f} (best {best:.4f}), "
+            f"{seconds:.0f} s",
+            flush=True,
+        )
         if options.early_stop and epoch - best_epoch >= options.early_stop:
+            break
+        if options.time_budget and seconds * (epoch + 1) / epoch > options.time_budget:
+            print(f"--time_budget {options.time_budget:.0f}: stopped after {epoch} epochs")
             break
     model.load_state_dict(best_state)
     return Fit(model, best, best_epoch)
@@ -93,13 +144,19 @@ def scorer(model: SequentialModel) -> Scorer:
     return lambda histories: model.scores(histories).cpu().numpy()
 
 
-def item_and_sid_ranks(score: Scorer, rows: pl.DataFrame, catalog: Catalog) -> tuple[np.ndarray, np.ndarray]:
+def item_and_sid_ranks(
+    score: Scorer, rows: pl.DataFrame, catalog: Catalog, exclude_seen: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """(rank of each target among items, rank of its SID among distinct SIDs, whose score is their best item's)."""
     by_sid = np.concatenate(catalog.items_of_sid)
     starts = np.cumsum([0] + [len(items) for items in catalog.items_of_sid[:-1]])
     item_ranks, sid_ranks = [], []
     for part in rows.iter_slices(ROWS_AT_ONCE):
-        scores, targets = score(part["history"].to_list()), part["target"].to_numpy()
+        histories, targets = part["history"].to_list(), part["target"].to_numpy()
+        scores = score(histories)
+        if exclude_seen:
+            row = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+            scores[row, np.array([item for history in histories for item in history], dtype=np.int64)] = -np.inf
         item_ranks.append(ranks_of_scores(scores, targets))
         sid_scores = np.maximum.reduceat(scores[:, by_sid], starts, axis=1)
         sid_ranks.append(ranks_of_scores(sid_scores, catalog.sid_of_item[targets]))

@@ -1,0 +1,59 @@
+"""Dropout for architectures that have none in their config, and an exponential moving average of weights."""
+
+import torch
+from torch import nn
+from torch.nn.functional import dropout
+
+from minionerec.common.errors import UserError
+from minionerec.decoding.lm_head import unwrap_adapter
+
+BRANCHES = ("self_attn", "attn", "attention", "mlp", "feed_forward")  # submodules whose output joins the residual
+
+
+def add_dropout(model, p: float) -> None:
+    """Drop input embeddings and the output of every attention and feed-forward block with probability `p` in training.
+
+    By forward hooks, for any decoder of transformers whose layers name their blocks as `BRANCHES` do; raises `UserError`
+    for another one. Nothing changes in evaluation mode or in what is saved.
+    """
+
+    def hook(module, inputs, output):
+        if not module.training:
+            return output
+        if isinstance(output, tuple):
+            return (dropout(output[0], p), *output[1:])
+        return dropout(output, p)
+
+    body = unwrap_adapter(model).base_model
+    layers = max((m for m in body.modules() if isinstance(m, nn.ModuleList)), key=len, default=[])
+    branches = [child for layer in layers for name, child in layer.named_children() if name in BRANCHES]
+    if len(branches) < 2 * len(layers) or not branches:
+        raise UserError(f"--dropout {p}: the layers of {type(body).__name__} have no {' or '.join(BRANCHES)}; use 0")
+    for module in (model.get_input_embeddings(), *branches):
+        module.register_forward_hook(hook)
+
+
+class MovingAverage:
+    """An exponential moving average of a model's trained weights: average = decay * average + (1 - decay) * weight.
+
+    The decay is at most (1 + step) / (10 + step), so that the first steps do not hold on to random weights.
+    """
+
+    def __init__(self, model, decay: float):
+        self.decay, self.step = decay, 0
+        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.weights.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.step += 1
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.weights.values()], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange weights and average; twice is nothing."""
+        for name, p in self.weights.items():
+            kept = p.detach().clone()
+            p.copy_(self.average[name])
+            self.average[name].copy_(kept)
