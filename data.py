@@ -33,7 +33,7 @@ class Data(NamedTuple):
 
     items: Items
     catalog: Catalog
-    train: pl.DataFrame | None = None  # columns user (str), history (list of item ids, oldest first), target (item id)
+    train: pl.DataFrame | None = None  # columns user, history, target, seen: see `read_sequences`
     valid: pl.DataFrame | None = None
     test: pl.DataFrame | None = None
 
@@ -116,9 +116,9 @@ def _list_column(table: pl.DataFrame, column: str, path: Path) -> pl.Series:
 
 
 def read_sequences(path: str | Path, sids: Sequence[str], flag: str, max_history: int = 10) -> pl.DataFrame:
-    """The samples of a CSV as columns user (str), history (list of item ids, oldest first), target (item id).
+    """The samples of a CSV as columns user (str), history, target (item id) and seen.
 
-    Raises `UserError` naming row and column for a missing column, a cell that is no literal, an unknown item id, or a
+    `seen` is the row's whole `history_item_id` list, oldest first; `history` is its last `max_history` items. Raises `UserError` naming row and column for a missing column, a cell that is no literal, an unknown item id, or a
     SID that differs from `sids`, the catalog's (row i is item i).
     """
     path = require_file(path, flag)
@@ -161,7 +161,7 @@ def read_sequences(path: str | Path, sids: Sequence[str], flag: str, max_history
     )
     expected = rows.select("row").join(joined, on="row", how="left", maintain_order="left")["sid"].fill_null("")
     refuse(rows.filter(written != expected), "history_item_sid", advice)
-    return rows.select("user", pl.col("history").list.tail(max_history), "target")
+    return rows.select("user", pl.col("history").list.tail(max_history), "target", seen="history")
 
 
 def read_preferences(path: str | Path, flag: str = "user_preference_file") -> pl.DataFrame:
