@@ -118,7 +118,8 @@ def _list_column(table: pl.DataFrame, column: str, path: Path) -> pl.Series:
 def read_sequences(path: str | Path, sids: Sequence[str], flag: str, max_history: int = 10) -> pl.DataFrame:
     """The samples of a CSV as columns user (str), history, target (item id) and seen.
 
-    `seen` is the row's whole `history_item_id` list, oldest first; `history` is its last `max_history` items. Raises `UserError` naming row and column for a missing column, a cell that is no literal, an unknown item id, or a
+    `seen` is the row's whole `history_item_id` list, oldest first; `history` is its last `max_history` items.
+    Raises `UserError` naming row and column for a missing column, a cell that is no literal, an unknown item id, or a
     SID that differs from `sids`, the catalog's (row i is item i).
     """
     path = require_file(path, flag)
