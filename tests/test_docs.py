@@ -173,7 +173,7 @@ def check_command(words: list[str]) -> None:
     if options:
         known |= {flag.lstrip("-").upper() for flag in names_of(options)}
         check_options(options, variables, rest)
-    else:
+    elif variables:  # run.sh passes variables on to every stage
         known |= {flag.lstrip("-").upper() for flag in all_flags()}
     unknown = set(variables) - known - OTHER_VARIABLES
     assert not unknown, f"{launcher} does not use {sorted(unknown)}"
