@@ -1,19 +1,21 @@
 """Next-item models over item ids: SASRec, GRU4Rec and Caser, their losses and their checkpoints.
 
-A model turns a history into a state, and an item's score is its output embedding times the state plus its bias. The
-output embeddings are the input's (`tie_embeddings`) or a table of their own. In common, and departing from all three
-papers: histories are the latest `max_history` items, padded on the left; an item's bias starts at the logarithm of how
-often train takes it; the loss is softmax cross-entropy over the whole catalog or, as `bce`, binary cross-entropy of
-the target and of sampled items; no model knows the user, so that any history can be scored.
+A model turns a history into a state. An item's score is its output embedding times the state, plus its bias. The output
+embeddings are the input embeddings (`tie_embeddings`) or a separate table.
+
+Departures from all three papers: histories are the latest `max_history` items, padded on the left; an item's bias starts
+at the logarithm of how often it is a target in train; the loss is softmax cross-entropy over the whole catalog or, as
+`bce`, binary cross-entropy of the target and of sampled items; no model has a user embedding, so any history can be
+scored.
 
 - SASRec: Kang & McAuley 2018, arXiv 1808.09781. Departures:
-    1. pre-norm residuals x + f(norm(x)) with a norm at the end (the paper's text; its code normalises queries alone);
+    1. pre-norm residuals x + f(norm(x)) with a norm at the end (as in the paper's text; its code normalises only the queries);
     2. attention never sees padding.
 - GRU4Rec: Hidasi et al. 2016, arXiv 1511.06939. Departures:
-    1. item embeddings in and a linear layer out, where the paper feeds one-hot items;
+    1. item embeddings as input and a linear output layer, where the paper feeds one-hot items;
     2. rows are windows of one user instead of session-parallel mini-batches; the losses are not BPR or TOP1.
 - Caser: Tang & Wang 2018, arXiv 1809.07426. Departures:
-    1. no user embedding, hence one fully connected layer instead of two;
+    1. no user embedding, and so one fully connected layer instead of two;
     2. one following item is predicted from a window, not the next T.
 
     model = load_checkpoint("output/sasrec")
@@ -41,11 +43,11 @@ class SequentialModel(nn.Module):
     """What the models share: embeddings, padding, scores, losses, saving.
 
     A model defines `forward(histories, keep)`: states of the last `keep` positions, (rows, keep, hidden), of histories
-    (rows, length) as of `pad`. A position's state depends on the items up to it, and on no padding.
+    (rows, length) that `pad` returned. A position's state depends on the items up to it and not on padding.
     """
 
     name: str  # as in --model and in config.json
-    sizes: tuple[str, ...]  # the keyword arguments of its own, all saved in config.json
+    sizes: tuple[str, ...]  # keyword arguments that only this model has; saved in config.json
 
     def __init__(
         self, *, n_items: int, max_history: int, hidden_size: int, dropout: float, tie_embeddings: bool = True
@@ -62,7 +64,7 @@ class SequentialModel(nn.Module):
         nn.init.zeros_(self.items.weight[n_items].detach())
 
     def start_from_popularity(self, counts: Sequence[int]) -> None:
-        """Set each item's bias to the logarithm of its share of targets (add-one): before training, popularity."""
+        """Set each item's bias to the logarithm of its share of targets, with add-one smoothing."""
         counts = torch.tensor(counts, dtype=torch.float64) + 1
         self.bias.data.copy_((counts / counts.mean()).log())
 
@@ -79,7 +81,7 @@ class SequentialModel(nn.Module):
         return torch.from_numpy(padded).to(self.items.weight.device)
 
     def embed(self, histories: torch.Tensor) -> torch.Tensor:
-        """Item ids of any shape -> (..., hidden), zero for padding whatever its row of the table holds."""
+        """Item ids of any shape -> (..., hidden), zero for padding, whatever its embedding is."""
         real = (histories != self.n_items).unsqueeze(-1)
         return self.items(histories) * math.sqrt(self.items.embedding_dim) * real
 
@@ -96,9 +98,9 @@ class SequentialModel(nn.Module):
     def scores(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
         """Score of every item after each history, without dropout.
 
-        histories: item ids, oldest first, of any length; the latest `max_history` count, none is allowed. Returns
-        (rows, items) float32 on the model's device; the softmax of a row is the model's next-item distribution if it
-        was trained by cross-entropy. Raises `ValueError` for an id outside the catalog.
+        histories: item ids, oldest first, of any length; the latest `max_history` are used; a history may be empty.
+        Returns (rows, items) float32 on the model's device. If the model was trained by cross-entropy, the softmax of
+        a row is its next-item distribution. Raises `ValueError` for an id outside the catalog.
         """
         self.eval()
         return self.logits(self(self.pad(histories), 1)[:, 0])
@@ -106,11 +108,11 @@ class SequentialModel(nn.Module):
     def loss(
         self, histories: torch.Tensor, targets: torch.Tensor, *, every_position: bool, negatives: int = 0
     ) -> torch.Tensor:
-        """Mean loss over positions, nats; histories: (rows, length) as of `pad`; targets: (rows,).
+        """Mean loss over positions in nats; histories: (rows, length) that `pad` returned; targets: (rows,).
 
-        `every_position` predicts each item after the first, else the target alone. Without `negatives`, softmax
-        cross-entropy; with them, binary cross-entropy of the item that follows and, averaged, of so many others,
-        drawn evenly from the items that the row does not hold (SASRec, equation 6).
+        `every_position` predicts each item after the first; otherwise only the target is predicted. Without
+        `negatives` the loss is softmax cross-entropy. With them it is binary cross-entropy of the next item plus the
+        mean over `negatives` items drawn uniformly from those not in the row (SASRec, equation 6).
         """
         following = torch.cat([histories[:, 1:], targets[:, None]], dim=1)
         if every_position:
@@ -137,16 +139,16 @@ class SequentialModel(nn.Module):
 
 
 def draw_unseen(seen: torch.Tensor, n_items: int, count: int) -> torch.Tensor:
-    """(rows, count) items drawn evenly, with replacement, from those not in `seen` (rows, width).
+    """(rows, count) items drawn uniformly, with replacement, from those not in `seen` (rows, width).
 
-    Ids of `n_items` and more in `seen` are padding. Each row must leave an item: `n_items` > width is enough.
+    Ids of `n_items` and more in `seen` are padding. Each row must leave at least one item; `n_items` > width suffices.
     """
     ordered = seen.sort(dim=1).values
     repeated = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
     ordered = ordered.masked_fill(repeated, n_items).sort(dim=1).values  # (rows, width) distinct, then padding
     left = n_items - (ordered < n_items).sum(1, keepdim=True)
     uniform = torch.rand(len(seen), count, dtype=torch.float64, device=seen.device)
-    drawn = (uniform * left).long()  # the place among the unseen: each seen item not above it moves it up by one
+    drawn = (uniform * left).long()  # index among unseen items; each seen item at or below it adds one
     for column in ordered.unbind(1):
         drawn += drawn >= column[:, None]
     return drawn
@@ -197,7 +199,7 @@ class SASRec(SequentialModel):
         length = histories.shape[1]
         x = F.dropout(self.embed(histories) + self.positions.weight[-length:], self.dropout, self.training)
         causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        own = torch.eye(length, dtype=torch.bool, device=x.device)  # padding sees itself: a softmax needs something
+        own = torch.eye(length, dtype=torch.bool, device=x.device)  # no empty softmax for padding
         mask = ((histories != self.n_items)[:, None, None] & causal) | own  # (rows, 1, length, length)
         for block in self.blocks[:-1]:
             x = block(x, mask, length)
@@ -214,13 +216,13 @@ class GRU4Rec(SequentialModel):
         super().__init__(**common)
         self.config |= {"num_layers": num_layers}
         hidden_size = self.items.embedding_dim
-        between = self.dropout if num_layers > 1 else 0.0  # nn.GRU drops between layers alone
+        between = self.dropout if num_layers > 1 else 0.0  # nn.GRU applies dropout only between layers
         self.gru = nn.GRU(hidden_size, hidden_size, num_layers, batch_first=True, dropout=between)
         self.output = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, histories: torch.Tensor, keep: int) -> torch.Tensor:
         length = histories.shape[1]
-        # Items first and padding last: what follows an item cannot change its state.
+        # Items first, padding last, because a later input cannot change an earlier state.
         padding = (histories == self.n_items).sum(1, keepdim=True)
         place = torch.arange(length, device=histories.device).expand_as(histories)
         x = self.embed(histories.gather(1, (place + padding) % length))
@@ -267,10 +269,10 @@ MODELS: dict[str, type[SequentialModel]] = {model.name: model for model in (SASR
 
 
 def load_checkpoint(folder: str | Path, flag: str = "cf_path", n_items: int | None = None) -> SequentialModel:
-    """The model that `SequentialModel.save` wrote, on the CPU, ready for `scores`.
+    """The model that `SequentialModel.save` wrote, on the CPU, in evaluation mode.
 
-    `n_items` is the size of the catalog it is to serve, if that is known. Raises `UserError`, naming the flag, if the
-    folder holds anything else or a model of another catalog. Nothing is unpickled.
+    n_items: size of the catalog that it must match, if known. Raises `UserError`, naming the flag, if the folder has no
+    such model or a model of another catalog. Nothing is unpickled.
     """
     weights = require_file(require_file(folder, flag) / "model.safetensors", flag)
     config = read_json(Path(folder) / "config.json", flag)

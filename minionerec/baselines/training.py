@@ -33,7 +33,7 @@ class Fit(NamedTuple):
 
 
 def build(options: BaselineOptions, n_items: int) -> SequentialModel:
-    """The untrained model of `options`; weights depend on the seed alone."""
+    """The untrained model of `options`; its weights depend only on the seed."""
     torch.manual_seed(options.seed)
     kind = MODELS[options.model]
     values = asdict(options) | {"filter_sizes": filter_heights(options.filter_sizes)}
@@ -42,10 +42,12 @@ def build(options: BaselineOptions, n_items: int) -> SequentialModel:
 
 
 def fit(options: BaselineOptions, train: pl.DataFrame, valid: pl.DataFrame, catalog: Catalog) -> Fit:
-    """Train the model of `options` and keep the epoch with the best valid NDCG@10; test has no part in it."""
+    """Train the model of `options` and keep the epoch with the best valid NDCG@10. Test is not used."""
     negatives = options.negatives if options.loss == "bce" else 0
     if negatives and catalog.n_items <= options.max_history + 1:
-        raise UserError(f"--loss bce: {catalog.n_items} items may all stand in a row, so none is negative; use ce")
+        raise UserError(
+            f"--loss bce: {catalog.n_items} items may all be in one row, so there may be no negative; use ce"
+        )
     device = pick_device(options.device)
     model = build(options, catalog.n_items)
     if options.popularity_bias:
