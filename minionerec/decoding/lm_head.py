@@ -1,8 +1,8 @@
 """Log-probabilities of the tokens that a trie allows, from hidden states. Decoding and RL both use them.
 
-    space     log p(token t | node) =             rows of the LM head that are multiplied
-    vocab     logit_t − logsumexp over vocabulary   all, in blocks: (prompts, beams, vocabulary) logits never exist
-    catalog   logit_t − logsumexp over allowed      the level's tokens only
+space     log p(token t | node) =             rows of the LM head that are multiplied
+vocab     logit_t − logsumexp over vocabulary   all, in blocks: (prompts, beams, vocabulary) logits never exist
+catalog   logit_t − logsumexp over allowed      the level's tokens only
 """
 
 from typing import NamedTuple
