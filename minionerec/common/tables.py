@@ -66,6 +66,12 @@ def read_csv(path: str | Path, flag: str, *, separator: str = ",", quote_char: s
     return table.with_row_index(ROW, offset=2).filter(~pl.all_horizontal(pl.exclude(ROW).is_null()))
 
 
+def refuse_rows(table: pl.DataFrame, bad: pl.Series | pl.Expr, column: str, path: str | Path, expected: str) -> None:
+    """Raise `UserError` for the first row of a table of `read_csv` where `bad` holds, with its cell in `column`."""
+    for row, cell in table.filter(bad).select(ROW, column).head(1).iter_rows():
+        raise UserError(f"{path}, row {row}, column {column}: found {(cell or '')[:60]!r}, expected {expected}")
+
+
 def _fault(text: str, separator: str, quote_char: str | None) -> str | None:
     """The first row that breaks the rules of CSV, in words."""
     quoting = csv.QUOTE_MINIMAL if quote_char else csv.QUOTE_NONE
