@@ -61,10 +61,10 @@ def policy(world, base_model):
 def checkpoint_folder(policy, tmp_path_factory):
     """The policy on disk, as a stage leaves it."""
     from data import DEFAULT_TEMPLATE
-    from minionerec.language_model.checkpoints import save
+    from minionerec.language_model.checkpoints import Settings, save
 
     folder = tmp_path_factory.mktemp("policy") / "checkpoint"
-    save(policy.model, policy.tokenizer, DEFAULT_TEMPLATE, folder)
+    save(policy.model, policy.tokenizer, DEFAULT_TEMPLATE, folder, Settings())
     return folder
 
 
