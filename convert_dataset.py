@@ -1,58 +1,70 @@
 """Stage 3: `.inter` samples, item texts and SIDs to the published layout that every later stage reads.
 
-    python convert_dataset.py --dataset_name ml-100k --data_dir output/quickstart/data --output_dir output/quickstart/data
+    DATASET_NAME=ml-100k DATA_DIR=output/quickstart/data OUTPUT_DIR=output/quickstart/data bash convert_dataset.sh
 
 Reads `<D>.item.json`, `<D>.index.json`, `<D>.{train,valid,test}.inter` from `data_dir`; writes into `output_dir`
-`train/<D>.csv`, `valid/<D>.csv`, `test/<D>.csv` (`user_id, history_item_title, item_title, history_item_id, item_id,
-history_item_sid, item_sid`; list columns are Python list literals) and `info/<D>.txt` (`sid \\t title \\t item_id`).
+
+    train/<D>.csv, valid/<D>.csv, test/<D>.csv    user_id, history_item_title, item_title, history_item_id, item_id,
+                                                  history_item_sid, item_sid; list columns are Python list literals
+    info/<D>.txt                                  sid \\t title \\t item_id
+
+Everything is read and checked before anything is written, so the four files always belong together.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import polars as pl
-from transformers.hf_argparser import HfArg
-
-from minionerec.catalog.items import read_titles
-from minionerec.catalog.sids import read_index
+from minionerec.common import runs
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file, require_file
-from minionerec.common.options import run
-from preprocess.splits import SPLITS
+from minionerec.common.options import OUTPUT, RUNTIME, StageOptions, option, run
+
+SPLITS = ("train", "valid", "test")
+COLUMNS = ("user_id:token", "item_id_list:token_seq", "item_id:token")
 
 
 @dataclass
-class Options:
-    dataset_name: str = HfArg(help="<D> of the file names")
-    data_dir: str = HfArg(help="folder with <D>.item.json, <D>.index.json and <D>.{train,valid,test}.inter")
-    output_dir: str = HfArg(help="folder that gets train/ valid/ test/ info/")
-    max_history: int = HfArg(default=10, help="items of history a row keeps: the latest ones")
-
-
-def read_inter(path: Path, n_items: int, max_history: int) -> pl.DataFrame:
-    """user, history (list of int, oldest first), target; raises `UserError` naming the row of a bad cell."""
-    table = pl.read_csv(path, separator="\t", infer_schema=False, quote_char=None)
-    expected = ["user_id:token", "item_id_list:token_seq", "item_id:token"]
-    if table.columns != expected:
-        raise UserError(f"{path}: found columns {table.columns}, expected {expected}; run stage 0 (preprocess) again")
-    table = table.select(
-        user=expected[0],
-        history=pl.col(expected[1]).str.split(" ").list.eval(pl.element().cast(pl.Int64, strict=False)),
-        target=pl.col(expected[2]).cast(pl.Int64, strict=False),
-    ).with_row_index("row", offset=2)
-    known = pl.element().is_between(0, n_items - 1).fill_null(False)
-    bad = table.filter(
-        ~(pl.col("history").list.eval(known).list.all() & pl.col("target").is_between(0, n_items - 1).fill_null(False))
+class Options(StageOptions):
+    dataset_name: str = option("", "<D> of the file names")
+    data_dir: str = option(  # the record holds digests of the five files
+        "", "folder with <D>.item.json, <D>.index.json and <D>.{train,valid,test}.inter", role=RUNTIME
     )
-    if len(bad):
+    output_dir: str = option("", "folder that gets train/ valid/ test/ info/", role=OUTPUT)
+    max_history: int = option(10, "items of history that a row keeps, the latest ones")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(1, "max_history")
+
+
+def read_inter(path: str | Path, n_items: int, max_history: int):
+    """Columns user, history (list of int, oldest first), target; raises `UserError` naming the row of a bad cell.
+
+    A history may be empty.
+    """
+    import polars as pl
+
+    from minionerec.common.tables import read_csv, refuse_rows
+
+    table = read_csv(path, "data_dir", separator="\t", quote_char=None)
+    if table.columns[1:] != [*COLUMNS]:
         raise UserError(
-            f"{path}, line {bad['row'][0]}: an item id outside 0..{n_items - 1}; expected ids of the item file"
+            f"{path}: found columns {table.columns[1:]}, expected {[*COLUMNS]}; run stage 0 (preprocess) again"
         )
-    return table.select("user", pl.col("history").list.tail(max_history), "target")
+    user, history, target = (table[column] for column in COLUMNS)
+    lists = history.fill_null("").str.extract_all("[^ ]+").cast(pl.List(pl.Int64), strict=False)
+    known = pl.element().is_between(0, n_items - 1).fill_null(False)
+    expected = f"ids of the item file, 0..{n_items - 1}"
+    refuse_rows(table, ~lists.list.eval(known).list.all(), COLUMNS[1], path, f"{expected}, with blanks between them")
+    numbers = target.cast(pl.Int64, strict=False)
+    refuse_rows(table, ~numbers.is_between(0, n_items - 1).fill_null(False), COLUMNS[2], path, f"one of the {expected}")
+    return pl.DataFrame({"user": user, "history": lists.list.tail(max_history), "target": numbers})
 
 
-def to_csv_rows(rows: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
+def to_csv_rows(rows, items):
     """The published columns. `items` has item, title, sid and their Python literals title_literal, sid_literal."""
+    import polars as pl
 
     def list_literal(column: str) -> pl.Expr:
         return "[" + pl.col(column).str.join(", ") + "]"
@@ -82,13 +94,17 @@ def to_csv_rows(rows: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def main(options: Options) -> None:
-    data, output, name = Path(options.data_dir), Path(options.output_dir), options.dataset_name
-    titles = read_titles(data / f"{name}.item.json", "data_dir")
-    sids = read_index(data / f"{name}.index.json", "data_dir")
+def read_all(options: Options, sources: dict[str, Path]) -> tuple[dict, list[str]]:
+    """The table of each split, and the lines of the info file."""
+    import polars as pl
+
+    from minionerec.catalog.items import read_titles
+    from minionerec.catalog.sids import read_index
+
+    titles, sids = read_titles(sources["item"], "data_dir"), read_index(sources["index"], "data_dir")
     if len(titles) != len(sids):
         raise UserError(
-            f"{data / name}.index.json: found {len(sids)} items, expected the {len(titles)} of {name}.item.json; "
+            f"{sources['index']}: found {len(sids)} items, expected the {len(titles)} of {sources['item'].name}; "
             "build the index from this item file's embedding"
         )
     items = pl.DataFrame(
@@ -100,15 +116,37 @@ def main(options: Options) -> None:
             "sid_literal": [repr(sid) for sid in sids],
         }
     )
-    for split in SPLITS:
-        path = require_file(data / f"{name}.{split}.inter", "data_dir")
-        rows = to_csv_rows(read_inter(path, len(sids), options.max_history), items)
-        with atomic_file(output / split / f"{name}.csv", "wb") as f:
-            rows.write_csv(f)
-        print(f"{split}: {len(rows)} rows")
-    with atomic_file(output / "info" / f"{name}.txt") as f:
-        f.writelines(f"{sid}\t{title}\t{item}\n" for item, (sid, title) in enumerate(zip(sids, titles, strict=True)))
-    print(f"info: {len(sids)} items, {len(set(sids))} SIDs")
+    tables = {split: to_csv_rows(read_inter(sources[split], len(sids), options.max_history), items) for split in SPLITS}
+    lines = [f"{sid}\t{title}\t{item}\n" for item, (sid, title) in enumerate(zip(sids, titles, strict=True))]
+    print(f"{len(sids)} items, {len(set(sids))} SIDs")
+    return tables, lines
+
+
+def main(options: Options) -> None:
+    options.require("dataset_name", "data_dir", "output_dir")
+    data, output, name = Path(options.data_dir), Path(options.output_dir), options.dataset_name
+    sources = {kind: data / f"{name}.{kind}.json" for kind in ("item", "index")}
+    sources |= {split: data / f"{name}.{split}.inter" for split in SPLITS}
+    for path in sources.values():
+        require_file(path, "data_dir")
+    files = {split: output / split / f"{name}.csv" for split in SPLITS}
+    info = output / "info" / f"{name}.txt"
+    record = runs.begin(
+        options, "convert", files=[*files.values(), info], record=output / f"{name}.convert.run.json", inputs=sources
+    )
+    if record.complete:
+        return
+    tables, lines = read_all(options, sources)
+    with ExitStack() as stack:  # the files get their names after all of them are written
+        for split, table in tables.items():
+            f = stack.enter_context(atomic_file(files[split], "wb"))
+            table.write_csv(f)
+            f.flush()
+        f = stack.enter_context(atomic_file(info))
+        f.writelines(lines)
+        f.flush()
+    record.finish()
+    print("\n".join(f"{split}: {len(table)} rows" for split, table in tables.items()))
 
 
 if __name__ == "__main__":

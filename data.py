@@ -1,15 +1,20 @@
 """Everything read from disk and every prompt: items, sequences, the task table of SFT and RL.
 
-`load` is the one entry: it reads a data set's files, checks them against each other and returns a `Data`.
+`load` reads a data set's files, checks them against each other and returns a `Data`:
 
-A row of a CSV is identified by item ids; titles and SIDs come from the item, index or info file by id, so that equal
-titles and shared SIDs cannot be confused. The CSV's own SID columns are checked against the catalog: a CSV made from
-another index is refused. One function, `Prompts.render`, makes the prompt for SFT, RL and evaluation.
+    data = load(info_file="info/X.txt", train="train/X.csv", test="test/X.csv")
+    prompts = next_sid_prompts(data.test, data.items, Prompts(category="movies"))
+
+`Prompts.render` makes every prompt of SFT, RL and evaluation from one template file. `TASKS` lists the tasks; a new one is
+a function here, a line in `TASKS`, and its wording in config/prompt.yaml. A prompt never shows its answer: titles are
+shown without level tokens, and `sid_walk` skips rows without history. A target that a user had before may be in the
+history.
 """
 
-import ast
+import os
 import random
 import re
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +23,12 @@ import polars as pl
 import yaml
 
 from minionerec.catalog.catalog import Catalog, target_counts
-from minionerec.catalog.items import Items, read_info, read_titles
-from minionerec.catalog.sids import read_index
+from minionerec.catalog.items import Items, prompt_titles, read_info, read_titles
+from minionerec.catalog.sequences import read_preferences as read_preferences
+from minionerec.catalog.sequences import read_sequences
+from minionerec.catalog.sids import canonical_sid, read_index
 from minionerec.common.errors import UserError
-from minionerec.common.files import read_json, require_file
+from minionerec.common.tables import read_text
 
 PROMPT_FILE = "prompt.yaml"  # the copy of the template in a checkpoint folder
 DEFAULT_TEMPLATE = Path(__file__).parent / "config" / PROMPT_FILE
@@ -33,7 +40,7 @@ class Data(NamedTuple):
 
     items: Items
     catalog: Catalog
-    train: pl.DataFrame | None = None  # columns user (str), history (list of item ids, oldest first), target (item id)
+    train: pl.DataFrame | None = None  # columns user, history, target, seen: see `read_sequences`
     valid: pl.DataFrame | None = None
     test: pl.DataFrame | None = None
 
@@ -55,6 +62,8 @@ def load(
     counted in train. flags: for error messages, the option that names each split's file. Raises `UserError` naming file
     and row for whatever is malformed or belongs to another catalog.
     """
+    if max_history < 1:
+        raise UserError(f"--max_history {max_history}: expected at least 1")
     items = read_items(info_file, sid_index_path, item_meta_path)
     paths = {"train": train, "valid": valid, "test": test}
     splits = {
@@ -67,7 +76,10 @@ def load(
 
 
 def read_items(info_file: str | Path, sid_index_path: str | Path = "", item_meta_path: str | Path = "") -> Items:
-    """Items of an info file, or of an index and an item file; files that are given beside each other must agree."""
+    """Items of an info file, or of an index and an item file; files that are given together must agree.
+
+    Titles are as prompts show them (`prompt_titles`); what was changed is printed.
+    """
     items = read_info(info_file) if info_file else None
     sids = read_index(sid_index_path) if sid_index_path or not items else items.sids
     titles = read_titles(item_meta_path) if item_meta_path or not items else items.titles
@@ -81,7 +93,15 @@ def read_items(info_file: str | Path, sid_index_path: str | Path = "", item_meta
             f"{sid_index_path}: {len(sids)} items that differ from the {len(items.sids)} of {info_file}; "
             "make both from one index (convert_dataset.sh)"
         )
-    return items or Items(sids, titles)
+    titles, notes = prompt_titles(items or Items(sids, titles))
+    for note in notes:
+        _print(f"{info_file or item_meta_path}: {note}")
+    return Items(sids, titles)
+
+
+def _print(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
 
 
 def drawn(rows: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
@@ -89,133 +109,95 @@ def drawn(rows: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
     return rows.sample(count, seed=seed) if 0 <= count < len(rows) else rows
 
 
-# ------------------------------------------------------------------------------------------------ sequences
-
-
-def _list_column(table: pl.DataFrame, column: str, path: Path) -> pl.Series:
-    """A column of Python list literals of item ids as lists of integers.
-
-    Plain `[1, 2, 3]` cells are parsed in one pass; any other cell goes through `ast.literal_eval` alone.
-    """
-    cells = table[column]
-    plain = cells.str.contains(r"^\[\s*(\d+(\s*,\s*\d+)*)?\s*\]$").fill_null(False)
-    lists = cells.str.extract_all(r"\d+").cast(pl.List(pl.Int64))
-    if plain.all():
-        return lists
-    parsed = lists.to_list()
-    for row in (~plain).arg_true():
-        try:
-            value = ast.literal_eval(cells[row] or "")
-            parsed[row] = [int(item) for item in value]
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise UserError(
-                f"{path}, row {row + 2}, column {column}: found {str(cells[row])[:60]!r}, "
-                "expected a list literal of item ids like [3437, 642]; run convert_dataset.sh again"
-            ) from None
-    return pl.Series(column, parsed, dtype=pl.List(pl.Int64))
-
-
-def read_sequences(path: str | Path, sids: Sequence[str], flag: str, max_history: int = 10) -> pl.DataFrame:
-    """The samples of a CSV as columns user (str), history (list of item ids, oldest first), target (item id).
-
-    Raises `UserError` naming row and column for a missing column, a cell that is no literal, an unknown item id, or a
-    SID that differs from `sids`, the catalog's (row i is item i).
-    """
-    path = require_file(path, flag)
-    table = pl.read_csv(path, infer_schema=False)
-    for column in ("user_id", "history_item_id", "item_id", "history_item_sid", "item_sid"):
-        if column not in table.columns:
-            raise UserError(f"{path}: no column {column!r}, found {table.columns}; run convert_dataset.sh again")
-    if not len(table):
-        raise UserError(f"{path}: found no rows, expected at least one; run convert_dataset.sh again")
-    rows = pl.DataFrame(
-        {
-            "user": table["user_id"],
-            "history": _list_column(table, "history_item_id", path),
-            "target": table["item_id"].cast(pl.Int64, strict=False),
-            "row": range(2, len(table) + 2),  # as an editor counts, the header is row 1
-        }
-    )
-
-    def refuse(bad: pl.DataFrame, column: str, expected: str) -> None:
-        if len(bad):
-            row = int(bad["row"][0])
-            raise UserError(
-                f"{path}, row {row}, column {column}: found {str(table[column][row - 2])[:60]!r}, {expected}"
-            )
-
-    known = pl.element().is_between(0, len(sids) - 1)
-    advice = f"expected ids of the catalog, 0..{len(sids) - 1}; check the index or info file"
-    refuse(rows.filter(~pl.col("target").is_between(0, len(sids) - 1).fill_null(False)), "item_id", advice)
-    refuse(rows.filter(~pl.col("history").list.eval(known).list.all()), "history_item_id", advice)
-
-    advice = "which is not this catalog's SID of the item; make the CSV again from this index (convert_dataset.sh)"
-    sid_of = pl.Series(sids)
-    refuse(rows.filter(table["item_sid"] != sid_of.gather(rows["target"])), "item_sid", advice)
-    written = table["history_item_sid"].str.extract_all(r"(?:<[a-z]+_\d+>)+").list.join(" ").fill_null("")
-    items = rows.select("row", item="history").explode("item").drop_nulls()
-    joined = (
-        items.with_columns(sid=sid_of.gather(items["item"]))
-        .group_by("row", maintain_order=True)
-        .agg(pl.col("sid").str.join(" "))
-    )
-    expected = rows.select("row").join(joined, on="row", how="left", maintain_order="left")["sid"].fill_null("")
-    refuse(rows.filter(written != expected), "history_item_sid", advice)
-    return rows.select("user", pl.col("history").list.tail(max_history), "target")
-
-
-def read_preferences(path: str | Path, flag: str = "user_preference_file") -> pl.DataFrame:
-    """Columns user, preference from a JSON object `{"user id": "what they like", …}`; a user may be missing."""
-    content = read_json(path, flag)
-    for user, text in content.items():
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{path}: user {user!r} has {str(text)[:60]!r}, expected a text; check --{flag}")
-    return pl.DataFrame({"user": list(content), "preference": [" ".join(text.split()) for text in content.values()]})
-
-
 # ------------------------------------------------------------------------------------------------ prompts
 
 
+TEXTS = ("instruction_marker", "input_marker", "response_marker", "response_suffix", "sid_separator", "title_separator")
+FIELDS = ("history", "item", "preference")  # what a task fills into its input, beside {category}
+
+
 class Prompts:
-    """The wording of `config/prompt.yaml` for one category."""
+    """The wording of one template, by default `config/prompt.yaml`, for one category."""
 
     def __init__(self, path: str | Path = DEFAULT_TEMPLATE, category: str = ""):
-        self.path = require_file(path, "prompt_template")
-        try:
-            template = yaml.safe_load(self.path.read_text(encoding="utf-8"))
-            self.instruction_marker = template["instruction_marker"]
-            self.input_marker = template["input_marker"]
-            self.response_marker = template["response_marker"]
-            self.response_suffix = template["response_suffix"]
-            self.sid_separator = template["sid_separator"]
-            self.title_separator = template["title_separator"]
-            self.tasks = template["tasks"]
-            categories = template["categories"]
-        except (yaml.YAMLError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.path}: not a prompt template ({error!r}); compare it with config/prompt.yaml"
-            ) from None
-        self.category = categories.get(category) or readable(category) or "items"
+        """Raises `UserError` naming the key of the template that is missing, unknown or no text."""
+        self.path = Path(path)
+        template = read_template(path)
+        self.instruction_marker, self.input_marker = template["instruction_marker"], template["input_marker"]
+        self.response_marker, self.response_suffix = template["response_marker"], template["response_suffix"]
+        self.sid_separator, self.title_separator = template["sid_separator"], template["title_separator"]
+        self.tasks = template["tasks"]
+        self.category = template["categories"].get(category) or readable(category) or "items"
 
     def render(self, task: str, **fields: str) -> str:
-        """The prompt of `task`; `fields` fill its instruction and input. The answer is never among them."""
+        """The prompt of `task`; `fields` fill its input. The answer is never among them."""
         if task not in self.tasks:
             raise UserError(f"{self.path}: no wording for task {task!r}, found {sorted(self.tasks)}; add it there")
         wording = self.tasks[task]
         instruction = wording["instruction"].format(category=self.category)
-        return (
-            self.instruction_marker
-            + instruction
-            + self.input_marker
-            + wording["input"].format(**fields)
-            + self.response_marker
-        )
+        asked = wording["input"].format(category=self.category, **fields)
+        return f"{self.instruction_marker}{instruction}{self.input_marker}{asked}{self.response_marker}"
 
     def sid_history(self, history: Sequence[int], items: Items) -> str:
         return self.sid_separator.join(items.sids[i] for i in history)
 
     def title_history(self, history: Sequence[int], items: Items) -> str:
         return self.title_separator.join(items.titles[i] for i in history)
+
+
+def read_template(path: str | Path) -> dict:
+    """The content of a template file, checked: every key is there and known, every value is a text.
+
+    A wording may use {category}; the input of a task must use the task's own field, and no other.
+    """
+
+    def refuse(key: str, found, expected: str) -> None:
+        raise UserError(
+            f"{path}: not a prompt template: {key} is {str(found)[:60]!r}, expected {expected}; "
+            "compare it with config/prompt.yaml"
+        )
+
+    try:
+        template = yaml.safe_load(read_text(path, "prompt_template"))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"{path}: not a prompt template: {error}; compare it with config/prompt.yaml") from None
+    if not isinstance(template, dict):
+        refuse("the file", template, "keys and values")
+    for key in (*TEXTS, "tasks", "categories"):
+        kind, expected = (str, "a text") if key in TEXTS else (dict, "keys and values")
+        if not isinstance(template.get(key), kind):
+            refuse(key, template.get(key, "missing"), expected)
+    for key in template:
+        if key not in (*TEXTS, "tasks", "categories"):
+            refuse(str(key), template[key], "no such key")
+    for name, text in template["categories"].items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            refuse(f"categories: {name}", text, "a text for a name")
+    for task, wording in template["tasks"].items():
+        if not isinstance(wording, dict) or set(wording) != {"instruction", "input"}:
+            refuse(f"tasks: {task}", wording, "the keys instruction and input")
+        needed = {TASKS[task].field} if task in TASKS else set()
+        allowed = {"instruction": set(), "input": needed or set(FIELDS)}
+        for key, text in wording.items():
+            found = fields_of(text)
+            if found is None or not (needed if key == "input" else set()) <= found <= {*allowed[key], "category"}:
+                names = [f"{{{name}}}" for name in sorted(allowed[key])]
+                refuse(
+                    f"tasks: {task}: {key}",
+                    text,
+                    f"a text with {' or '.join([*names, '{category}'])} and no other field",
+                )
+    return template
+
+
+def fields_of(text) -> set[str] | None:
+    """`"{history} of {category}"` -> {"history", "category"}; None for what is no text with plain fields."""
+    try:
+        parts = list(string.Formatter().parse(text))
+    except (TypeError, ValueError):
+        return None
+    plain = all(not spec and not conversion for _, name, spec, conversion in parts if name is not None)
+    return {name for _, name, _, _ in parts if name is not None} if plain else None
 
 
 def readable(category: str) -> str:
@@ -248,7 +230,9 @@ class Task(NamedTuple):
     """A task of SFT. Where `answers_sid`, the answer is the target's SID, and RL can be rewarded for it too."""
 
     examples: Examples
-    answers_sid: bool
+    field: str  # what fills the input of its wording: history, item or preference
+    answers_sid: bool = False
+    skips: str = ""  # which rows it cannot use
 
 
 def next_sid_prompts(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> list[str]:
@@ -281,6 +265,8 @@ def _item_task(task: str, questions: Callable, answers: Callable) -> Examples:
 def _sid_walk(sequences: pl.DataFrame, items: Items, prompts: Prompts) -> Iterator[Example]:
     """The first item of a row -> all later ones, in order: one row trains as many targets as it has later items."""
     for past, target in sequences.select("history", "target").iter_rows():
+        if not past:  # the prompt would show the target
+            continue
         walk = [*past, target]
         prompt = prompts.render("sid_walk", history=prompts.sid_history(walk[:1], items))
         yield Example(prompt, prompts.sid_history(walk[1:], items), walk[:1], walk[1])
@@ -295,9 +281,10 @@ def _preferences(sequences: pl.DataFrame, items: Items) -> Iterator[tuple[list[i
         raise UserError("the preference tasks need --user_preference_file; give it, or leave them out of --sft_tasks")
     for user, past, target, text in sequences.select("user", "history", "target", "preference").iter_rows():
         if text is not None:
-            if items.sids[target] in text:
+            if items.sids[target] in canonical_sid(text):
                 raise UserError(
-                    f"--user_preference_file: user {user}'s text holds {items.sids[target]}, an answer of theirs"
+                    f"--user_preference_file: the text of user {user} contains {items.sids[target]}, which is a target "
+                    "of this user; remove it from the text"
                 )
             yield past, target, text
 
@@ -323,15 +310,15 @@ def _titles(items: Items) -> list[str]:
 
 
 TASKS: dict[str, Task] = {
-    "sid_seq": Task(_sequence_task("sid_seq", Prompts.sid_history, _sids), True),
-    "title2sid": Task(_item_task("title2sid", _titles, _sids), True),
-    "sid2title": Task(_item_task("sid2title", _sids, _titles), False),
-    "sid_seq2title": Task(_sequence_task("sid_seq2title", Prompts.sid_history, _titles), False),
-    "title_seq2title": Task(_sequence_task("title_seq2title", Prompts.title_history, _titles), False),
-    "title_seq2sid": Task(_sequence_task("title_seq2sid", Prompts.title_history, _sids), True),
-    "sid_walk": Task(_sid_walk, False),
-    "sid_seq2preference": Task(_sid_seq2preference, False),
-    "preference2sid": Task(_preference2sid, True),
+    "sid_seq": Task(_sequence_task("sid_seq", Prompts.sid_history, _sids), "history", answers_sid=True),
+    "title2sid": Task(_item_task("title2sid", _titles, _sids), "item", answers_sid=True),
+    "sid2title": Task(_item_task("sid2title", _sids, _titles), "item"),
+    "sid_seq2title": Task(_sequence_task("sid_seq2title", Prompts.sid_history, _titles), "history"),
+    "title_seq2title": Task(_sequence_task("title_seq2title", Prompts.title_history, _titles), "history"),
+    "title_seq2sid": Task(_sequence_task("title_seq2sid", Prompts.title_history, _sids), "history", answers_sid=True),
+    "sid_walk": Task(_sid_walk, "history", skips="without history"),
+    "sid_seq2preference": Task(_sid_seq2preference, "history", skips="of users without a preference text"),
+    "preference2sid": Task(_preference2sid, "preference", answers_sid=True, skips="of users without a preference text"),
 }
 RL_TASKS = [name for name, task in TASKS.items() if task.answers_sid and name != "preference2sid"]
 DEFAULT_TASKS = "sid_seq,title2sid,sid2title,sid_seq2title,title_seq2title"
@@ -364,9 +351,15 @@ def sft_pairs(
     rows = []
     for name, weight in weights.items():
         pairs = [(example.prompt, example.answer) for example in TASKS[name].examples(sequences, items, prompts)]
+        if TASKS[name].skips and len(pairs) < len(sequences):
+            _print(
+                f"{name}: {len(sequences) - len(pairs):,} of {len(sequences):,} rows are left out, those {TASKS[name].skips}"
+            )
         rows += pairs * int(weight)
         extra = round((weight - int(weight)) * len(pairs))
         rows += random.Random(f"{seed} {name}").sample(pairs, extra)
+    if not rows:
+        raise UserError(f"--sft_tasks {','.join(weights)}: no row is left; give another task or a larger weight")
     return rows
 
 

@@ -172,7 +172,7 @@ class Recommender:
             options.num_beams or max(50, options.K),
             options.batch_size,
             space=options.space,
-            excluded=[self.catalog.leaves_of(items) for items in hidden] if any(hidden) else None,
+            excluded=[self.catalog.rows_of(items) for items in hidden] if any(hidden) else None,
         )
         return [self._expand(*row) for row in zip(leaves, scores, hidden, strict=True)]
 

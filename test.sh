@@ -11,7 +11,7 @@ case "${1:-}" in
     *) echo "error: unknown argument $1; expected nothing or all" >&2; exit 2 ;;
 esac
 
-prepare_environment
+prepare_environment requirements.txt requirements-quickstart.txt requirements-dev.txt
 ruff check .
 ruff format --check .
 # One test at a time on each core: a test runs on one thread.

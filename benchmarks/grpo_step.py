@@ -128,9 +128,7 @@ def be_side(options: Options, device: str) -> None:
             if side in PLAIN:
                 completions = search().sequences[:, -LEVELS:]
             else:
-                completions = sids[
-                    beam_search(policy, trie, ids, mask, options.completions, space=space).row.flatten()
-                ]
+                completions = sids[beam_search(policy, trie, ids, mask, options.completions, space=space).row.flatten()]
             policy.train()
         times.append(now())
         inputs = torch.cat([rows, completions], 1), torch.cat([rows_mask, torch.ones_like(completions)], 1), LEVELS

@@ -2,6 +2,8 @@
 
 Leave-one-out: a user's last item tests, the one before validates, all earlier ones train (SASRec, arXiv 1808.09781).
 Every position with something before it is one sample; its history is at most the `max_history` items before it.
+
+Interactions with equal time stay in the order of their rows.
 """
 
 from pathlib import Path
@@ -11,28 +13,22 @@ import polars as pl
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file
 
-SPLITS = ("train", "valid", "test")
-
 
 def samples(interactions: pl.DataFrame, max_history: int) -> pl.DataFrame:
-    """Every (history, target) sample of `interactions` (user, item, time; in time order, ties in row order).
+    """Every (history, target) sample of `interactions` (user, item, time), in time order, ties in row order.
 
     Returns user, history (list of items, oldest first), target, time, and `from_end`: 0 for a user's last item.
     """
     ordered = interactions.sort("time", maintain_order=True).with_columns(
-        position=pl.int_range(pl.len()).over("user"), length=pl.len().over("user")
+        position=pl.int_range(pl.len(), dtype=pl.Int64).over("user"), length=pl.len().over("user")
     )
-    shifted = [pl.col("item").shift(lag).over("user") for lag in range(max_history, 0, -1)]
+    before = ordered.rolling("position", period=f"{max_history}i", closed="left", group_by="user")
+    histories = before.agg(history=pl.col("item"))
     return (
-        ordered.with_columns(history=pl.concat_list(shifted).list.drop_nulls())
-        .filter(pl.col("position") > 0)
-        .select(
-            "user",
-            "history",
-            pl.col("item").alias("target"),
-            "time",
-            from_end=pl.col("length") - 1 - pl.col("position"),
-        )
+        ordered.filter(pl.col("position") > 0)
+        .join(histories, on=["user", "position"], how="left", maintain_order="left")
+        .select("user", "history", "time", target="item", from_end=pl.col("length") - 1 - pl.col("position"))
+        .select("user", "history", "target", "time", "from_end")
     )
 
 
@@ -40,7 +36,9 @@ def leave_one_out(interactions: pl.DataFrame, max_history: int = 10) -> dict[str
     """The samples of each split. Users with fewer than 3 interactions cannot be split and are left out."""
     enough = interactions.filter(pl.len().over("user") >= 3)
     if not len(enough):
-        raise UserError("leave-one-out: no user has 3 interactions; found too few rows, expected at least 3 for a user")
+        raise UserError(
+            f"leave-one-out: none of {interactions['user'].n_unique()} users has 3 interactions, expected at least one"
+        )
     rows = samples(enough, max_history)
     return {
         "train": rows.filter(pl.col("from_end") >= 2),

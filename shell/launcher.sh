@@ -4,6 +4,7 @@
 # options, listed in the launcher or not. An empty variable is the script's default. Arguments of the launcher go to the
 # script and override variables: `BATCH_SIZE=256 bash sft.sh --eval_beams 50`.
 set -euo pipefail
+LAUNCHER=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source shell/machine.sh
 set -a
@@ -22,9 +23,9 @@ launch() {
     [[ $script == *.py ]] || command=(-m "$script")
     case " $* " in
         *" --help "* | *" -h "*)
-            sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+            sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$LAUNCHER"
             echo
-            exec python "${command[@]}" --help
+            MINIONEREC_VARIABLES= exec python "${command[@]}" --help
             ;;
     esac
     if [ "$how" = python ]; then

@@ -2,10 +2,23 @@
 
 count_cores() { nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1; }
 
+# How many threads of other processes are running now: the mean of three looks. 0 where the system does not tell.
+running_threads() {
+    local file=${LOADAVG_FILE:-/proc/loadavg} total=0 running
+    [ -r "$file" ] || { echo 0; return; }
+    for _ in 1 2 3; do
+        read -r _ _ _ running _ <"$file"
+        total=$((total + ${running%%/*} - 1)) # less this one
+        sleep 0.05
+    done
+    echo $(((total + 1) / 3))
+}
+
 # GPUs that CUDA shows to a process here. MIG instances and error texts of nvidia-smi are not counted.
 count_gpus() {
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | awk '/^ *-/ { exit } /[0-9A-Za-z]/ { n++ } END { print n + 0 }'
+        # As CUDA reads it: the devices before the first entry that is none.
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | awk '!/^ *([0-9]+|GPU-.*|MIG-.*) *$/ { exit } { n++ } END { print n + 0 }'
     else
         (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c '^GPU [0-9]' || true
     fi
@@ -17,22 +30,25 @@ find_processes() {
     GPUS=$(count_gpus)
     NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
     NNODES=${NNODES:-1}
+    NODE_RANK=${NODE_RANK:-0}
     [[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC is '$NPROC', expected a number of processes, at least 1"
     [[ $NNODES =~ ^[1-9][0-9]*$ ]] || die "NNODES is '$NNODES', expected a number of nodes, at least 1"
+    [[ $NODE_RANK =~ ^[0-9]+$ ]] && [ "$NODE_RANK" -lt "$NNODES" ] ||
+        die "NODE_RANK is '$NODE_RANK', expected a number from 0 to NNODES - 1 = $((NNODES - 1))"
     THREADS=$((($(count_cores) + NPROC - 1) / NPROC))
-    NODE_RANK=${NODE_RANK:-0}
     MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
     MASTER_PORT=${MASTER_PORT:-$((NNODES > 1 ? 29500 : 0))} # 0: a free port
 }
 
 # OpenMP threads spin while they wait. On a busy CPU that slows every process many times; on a quiet one it is twice as
-# fast as sleeping. Chosen by the load of the last minute, unless the user has set it.
+# fast as sleeping. Chosen by what runs now, unless the user has set it.
 choose_wait_policy() {
-    [ -z "${OMP_WAIT_POLICY:-}" ] && [ "$(count_gpus)" -eq 0 ] && [ -r /proc/loadavg ] || return 0
-    local cores
+    [ -z "${OMP_WAIT_POLICY:-}" ] && [ "$(count_gpus)" -eq 0 ] || return 0
+    local cores running
     cores=$(count_cores)
-    if awk -v cores="$cores" '{ exit !($1 > cores / 2) }' /proc/loadavg; then
+    running=$(running_threads)
+    if [ $((2 * running)) -gt "$cores" ]; then
         OMP_WAIT_POLICY=PASSIVE
-        echo "the machine is busy (load $(cut -d' ' -f1 /proc/loadavg) on $cores cores): OMP_WAIT_POLICY=PASSIVE"
+        echo "the machine is busy ($running threads are running on $cores cores): OMP_WAIT_POLICY=PASSIVE"
     fi
 }

@@ -1,6 +1,9 @@
 """Fixtures that many test files share."""
 
 import json
+import os
+import socket
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -58,8 +61,32 @@ def policy(world, base_model):
 def checkpoint_folder(policy, tmp_path_factory):
     """The policy on disk, as a stage leaves it."""
     from data import DEFAULT_TEMPLATE
-    from minionerec.language_model.checkpoints import save
+    from minionerec.language_model.checkpoints import Settings, save
 
     folder = tmp_path_factory.mktemp("policy") / "checkpoint"
-    save(policy.model, policy.tokenizer, DEFAULT_TEMPLATE, folder)
+    save(policy.model, policy.tokenizer, DEFAULT_TEMPLATE, folder, Settings())
     return folder
+
+
+@pytest.fixture
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 1 MiB. Skipped where a file system cannot be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+    )
+    if not mounted:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -51,6 +51,7 @@ def test_history_is_cut_to_the_latest(world):
     long = read_sequences(world.train, items.sids, "file")
     short = read_sequences(world.train, items.sids, "file", max_history=2)
     assert short["history"].to_list() == [history[-2:] for history in long["history"].to_list()]
+    assert short["seen"].to_list() == long["seen"].to_list() == long["history"].to_list()  # never cut
 
 
 def csv(tmp_path, body, header=HEADER):

@@ -310,7 +310,7 @@ BAD = {
     "another model's flag": ({"model": "GRU4Rec", "num_heads": "4"}, "gru4rec with --loss ce does not use it"),
     "another loss's flag": ({"negatives": "4"}, "--negatives 4"),
     "loss": ({"loss": "bpr"}, "--loss bpr: expected ce or bce"),
-    "no negatives": ({"loss": "bce"}, "10 items may all stand in a row"),
+    "no negatives": ({"loss": "bce"}, "10 items may all be in one row"),
     "filter text": ({"model": "caser", "filter_sizes": "2;3"}, "--filter_sizes 2;3"),
     "filter too high": ({"model": "caser", "filter_sizes": "2,11"}, "each from 1 to --max_history 10"),
     "dropout": ({"dropout": "1.5"}, "--dropout 1.5"),

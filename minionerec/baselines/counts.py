@@ -11,7 +11,7 @@ from minionerec.catalog.catalog import target_counts
 
 
 def popularity(train: pl.DataFrame, n_items: int) -> Scorer:
-    """Scores every item by how often it is a target in train, for each history alike."""
+    """Scores every item by how often it is a target in train, whatever the history."""
     counts = np.array(target_counts(train, n_items), dtype=np.float64)
     return lambda histories: np.tile(counts, (len(histories), 1))
 
@@ -25,5 +25,5 @@ def markov(train: pl.DataFrame, n_items: int) -> Scorer:
 
     places = (last_items(train["history"].to_list()), train["target"].to_numpy())
     transitions = csr_array((np.ones(len(train)), places), shape=(n_items + 1, n_items))  # equal places add up
-    # One transition outweighs any popularity; whole numbers below 2^53 stay exact in float64.
+    # One transition outweighs any popularity. Integers below 2^53 are exact in float64.
     return lambda histories: transitions[last_items(histories)].toarray() * (len(train) + 1) + counts

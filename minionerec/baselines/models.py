@@ -1,20 +1,19 @@
-"""Next-item models over item ids: SASRec, GRU4Rec and Caser, their losses and their checkpoints.
+"""Next-item models over item ids or item features: SASRec, GRU4Rec and Caser, their losses and their checkpoints.
 
-A model turns a history into a state, and an item's score is its output embedding times the state plus its bias. The
-output embeddings are the input's (`tie_embeddings`) or a table of their own. In common, and departing from all three
-papers: histories are the latest `max_history` items, padded on the left; an item's bias starts at the logarithm of how
-often train takes it; the loss is softmax cross-entropy over the whole catalog or, as `bce`, binary cross-entropy of
-the target and of sampled items; no model knows the user, so that any history can be scored.
+A model turns a history into a state. An item's score is its output embedding times the state, plus its bias. The output
+embeddings are the input embeddings (`tie_embeddings`) or a separate table.
 
-- SASRec: Kang & McAuley 2018, arXiv 1808.09781. Departures:
-    1. pre-norm residuals x + f(norm(x)) with a norm at the end (the paper's text; its code normalises queries alone);
-    2. attention never sees padding.
-- GRU4Rec: Hidasi et al. 2016, arXiv 1511.06939. Departures:
-    1. item embeddings in and a linear layer out, where the paper feeds one-hot items;
-    2. rows are windows of one user instead of session-parallel mini-batches; the losses are not BPR or TOP1.
-- Caser: Tang & Wang 2018, arXiv 1809.07426. Departures:
-    1. no user embedding, hence one fully connected layer instead of two;
-    2. one following item is predicted from a window, not the next T.
+Departures from all three papers: a whole sequence is trained in one pass, its latest `max_history` items and then the
+ones before; an item's bias starts at the logarithm of how often it is a target in train; the loss is a softmax over the
+catalog or over sampled items shared by the batch (as in gSASRec and RecTools), or binary cross-entropy (`bce`); no model
+has a user embedding, so any history can be scored.
+
+- SASRec: Kang & McAuley 2018, arXiv 1808.09781. Departure: pre-norm residuals x + f(norm(x)) with a norm at the end (as in
+  the paper's text; its code normalises only the queries).
+- GRU4Rec: Hidasi et al. 2016, arXiv 1511.06939. Departure: item embeddings as input and a linear output layer, where the
+  paper feeds one-hot items; batches are windows of users, not session-parallel.
+- Caser: Tang & Wang 2018, arXiv 1809.07426. Departures: no user embedding, and so one fully connected layer instead of
+  two; one following item is predicted from a window, not the next T.
 
     model = load_checkpoint("output/sasrec")
     model.scores([[3, 17, 5], [8]])  # histories, oldest item first -> (2, items) float32, higher is better
@@ -137,9 +136,9 @@ class SequentialModel(nn.Module):
         there is none. kind:
 
             ce                softmax over the catalog
-            sampled_softmax   softmax over the target and `negatives` items drawn evenly, shared by the batch
+            sampled_softmax   softmax over the target and `negatives` items drawn uniformly, shared by the batch
             bce               binary cross-entropy of the target and, averaged, of `negatives` items for each position,
-                              drawn evenly from the items that the row does not hold (SASRec, equation 6)
+                              drawn uniformly from the items that the row does not hold (SASRec, equation 6)
         """
         places = targets != self.n_items
         states, wanted = self(items)[places], targets[places]
@@ -166,7 +165,7 @@ class SequentialModel(nn.Module):
 
 
 def draw_unseen(seen: torch.Tensor, n_items: int, count: int) -> torch.Tensor:
-    """(rows, count) items drawn evenly, with replacement, from those not in `seen` (rows, width).
+    """(rows, count) items drawn uniformly, with replacement, from those not in `seen` (rows, width).
 
     Ids of `n_items` and more in `seen` are padding. Each row must leave an item: `n_items` > width is enough.
     """

@@ -1,13 +1,16 @@
-"""TODO."""
+"""The catalog: items by id, distinct SIDs by row, and the items that share each SID."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
 from minionerec.catalog.sids import level_codes
-from minionerec.catalog.trie import Trie
 from minionerec.common.errors import UserError
+
+if TYPE_CHECKING:
+    from minionerec.catalog.trie import Trie
 
 
 def target_counts(sequences: pl.DataFrame, n_items: int) -> list[int]:
@@ -17,16 +20,20 @@ def target_counts(sequences: pl.DataFrame, n_items: int) -> list[int]:
 
 
 class Catalog:
-    """Items by id, SIDs by row, and the items that share each SID.
+    """Items by id, SIDs by row.
 
-    sids: distinct SIDs, in order of their first item
-    sid_of_item: (items,) row of `sids`
-    items_of_sid: for each row of `sids`, its items, most popular in train first, then by id
+    sids: distinct SIDs, in order of their first item; "row" is a place in this list
+    row_of_sid: SID -> row
+    sid_of_item: (items,) row of each item's SID
+    items_of_sid: for each row its items, most popular in train first, then by id
     tokens, codes: the distinct level tokens, and each SID as (sids, depth) places among them, -1 after its end
     """
 
     def __init__(self, item_sids: Sequence[str], popularity: Sequence[int] | None = None):
-        """`item_sids[i]` is item i's SID; `popularity[i]` how often train takes item i (all zero if None)."""
+        """`item_sids[i]` is item i's SID; `popularity[i]` how often train takes item i (all zero if None).
+
+        Raises `UserError` naming both items where a SID is a prefix of another.
+        """
         rows: dict[str, int] = {}
         self.sid_of_item = np.array([rows.setdefault(sid, len(rows)) for sid in item_sids], dtype=np.int64)
         self.sids = list(rows)
@@ -40,7 +47,7 @@ class Catalog:
         self._refuse_prefixes()
 
     def _refuse_prefixes(self) -> None:
-        # In sorted token order, a SID that is a prefix of others stands directly before one of them.
+        # In sorted token order, a SID that is a prefix of others comes directly before one of them.
         order = np.lexsort(self.codes.T[::-1])
         codes = self.codes[order]
         short = ((codes[:-1] == codes[1:]) | (codes[:-1] < 0)).all(axis=1)
@@ -55,14 +62,18 @@ class Catalog:
     def n_items(self) -> int:
         return len(self.sid_of_item)
 
-    def leaves_of(self, items: Sequence[int]) -> list[int]:
-        """Rows of the SIDs all of whose items are among `items`: what to leave out if those are to be left out."""
+    def rows_of(self, items: Sequence[int]) -> list[int]:
+        """Rows of the SIDs whose items are all among `items`: what to exclude in order to exclude those items."""
         chosen = set(items)
         rows = {int(self.sid_of_item[item]) for item in chosen}
         return sorted(row for row in rows if chosen.issuperset(self.items_of_sid[row]))
 
+    leaves_of = rows_of
+
     def trie(self, tokenizer) -> "Trie":
         """The trie over this catalog's SIDs in `tokenizer`'s ids; leaf i is row i of `sids`."""
+        from minionerec.catalog.trie import Trie  # imports torch
+
         ids = []
         for token in self.tokens:
             ids.append(tokenizer.convert_tokens_to_ids(token))

@@ -1,4 +1,11 @@
-"""TODO."""
+"""A token trie as CSR tensors: which tokens may follow a prefix, on the device, for many prefixes at once.
+
+In the manner of "Vectorizing the Trie" (STATIC, arXiv 2602.22647), with the leaves below each node, so that the trie can
+be restricted to some of its sequences without building it again.
+
+    trie = Trie.build([[5, 6, 7], [5, 6, 8], [4, 1, 1]])
+    trie.allowed(torch.tensor(0)).token        # tensor([4, 5]): what may come first
+"""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +23,7 @@ from minionerec.common.files import atomic_file, require_file
 
 
 class Allowed(NamedTuple):
-    """What may follow some nodes. All are (..., width), width the most children that a node of the level has."""
+    """What may follow some nodes. All are (..., width); width is the most children that a node of the level has."""
 
     token: torch.Tensor  # token ids; 0 where padded
     node: torch.Tensor  # the child nodes; 0 where padded
@@ -27,9 +34,9 @@ class Allowed(NamedTuple):
 class Trie(NamedTuple):
     """A token trie as CSR tensors. Node 0 is the root; nodes are numbered level by level, parents in order.
 
-    The children of node i are the edges `start[i]` to `start[i + 1]`, in rising token order; edge e leads by the token
-    `child_token[e]` to node e + 1. Below a node lie the leaves `order[first[i]:last[i]]`. `widths` and `columns` are
-    facts of each level that the host knows, so that decoding waits for no device.
+    The children of node i are the edges `start[i]` to `start[i + 1]`, sorted by token; edge e leads by the token
+    `child_token[e]` to node e + 1. The leaves below node i are `order[first[i]:last[i]]`. `widths` and `columns` are kept
+    on the host, so that decoding never waits for the device.
     """
 
     start: torch.Tensor  # (nodes + 1,)
@@ -38,8 +45,8 @@ class Trie(NamedTuple):
     tokens: torch.Tensor  # the distinct tokens, in order of the first level that has them
     leaf: torch.Tensor  # (nodes,) row of the sequence that ends here, -1 inside
     order: torch.Tensor  # (leaves,) rows of the sequences in token order
-    first: torch.Tensor  # (nodes,) the leaves below a node stand in `order` from here
-    last: torch.Tensor  # (nodes,) to before here
+    first: torch.Tensor  # (nodes,) where the leaves below a node begin in `order`
+    last: torch.Tensor  # (nodes,) where they end (exclusive)
     reachable: torch.Tensor  # (nodes,) or (prompts, nodes) leaves below a node that may be generated
     depth: int  # tokens of the longest sequence
     n_leaves: int
@@ -138,9 +145,10 @@ class Trie(NamedTuple):
         return self.reachable.gather(1, nodes.flatten(1)).view(nodes.shape)
 
     def allowed(self, nodes: torch.Tensor, level: int | None = None) -> Allowed:
-        """What may follow each of `nodes` (any shape; a row a prompt, where the trie is restricted by prompt).
+        """What may follow each of `nodes` (any shape; where the trie is restricted by prompt, one row a prompt).
 
-        Padded to the widest node of `level`, the depth of all of `nodes`, or of the trie. A leaf allows nothing.
+        level: the depth of all of `nodes`; the result is padded to the widest node of that level, or of the whole trie if
+        it is None. A leaf allows nothing.
         """
         begin, end = self.start[nodes], self.start[nodes + 1]
         width = max(self.widths) if level is None else self.widths[level]
@@ -153,7 +161,7 @@ class Trie(NamedTuple):
     def restrict(self, leaves: torch.Tensor) -> "Trie":
         """The same trie, in which only the leaves marked True may be generated; nothing is built again.
 
-        leaves: (leaves,), or (prompts, leaves) for a restriction of each prompt's own. Replaces an earlier restriction.
+        leaves: (leaves,), or (prompts, leaves) to restrict each prompt differently. Replaces an earlier restriction.
         """
         total = leaves[..., self.order].cumsum(dim=-1)
         total = torch.cat([total.new_zeros((*total.shape[:-1], 1)), total], dim=-1)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +22,29 @@ def require_file(path: str | Path, flag: str) -> Path:
 
 
 def read_json(path: str | Path, flag: str) -> dict:
-    """The JSON object in `path`; raises `UserError` with the line where parsing stopped."""
+    """The JSON object in `path`.
+
+    Raises `UserError` with the line where parsing stopped, for a key that is there twice, and for half of a surrogate
+    pair, which no file could hold.
+    """
     path = require_file(path, flag)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=_unique)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); write it again or check --{flag}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: found a JSON {type(content).__name__}, expected an object; check --{flag}")
+    return content
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {key!r} is there twice")
     return content
 
 

@@ -3,7 +3,7 @@
     python -m minionerec.common.launch torchrun --standalone --nproc_per_node 2 sft.py --base_model …
     python -m minionerec.common.launch accelerate --config_file config/zero2_opt.yaml rl.py --model_path …
 
-The arguments after the first are those of `torchrun` or `accelerate launch`. Both print a traceback of their own when
+The arguments after the first are those of `torchrun` or `accelerate launch`. Both print their traceback when
 a process ends with an error code. Here the processes leave their error lines in a folder, each different line is
 printed once, and the exit code is 2. Any other failure of a process is shown as torchrun shows it.
 """
@@ -29,6 +29,7 @@ def start(tool: str, arguments: list[str]) -> None:
 
 
 def main() -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     tool, arguments = sys.argv[1], sys.argv[2:]
@@ -37,6 +38,8 @@ def main() -> int:
         try:
             start(tool, arguments)
             return 0
+        except SignalException as stopped:
+            return 128 + stopped.sigval
         except (ChildFailedError, subprocess.CalledProcessError) as failure:
             lines = dict.fromkeys(path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir()))
             if not lines:

@@ -20,6 +20,7 @@ Started by a launcher (`shell/launcher.sh`), a script also reads options from en
 `--learning_rate` from `LEARNING_RATE`. An empty variable means the default; the command line overrides variables.
 """
 
+import argparse
 import copy
 import dataclasses
 import math
@@ -89,6 +90,20 @@ class StageOptions:
 # ------------------------------------------------------------------------------------------------ parsing
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """One line of names per option: no `--some-name` beside `--some_name`, no empty default."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name.removeprefix("--") or len(name) == 2]
+        if action.nargs == 0:
+            return ", ".join(names)
+        value = "True|False" if action.const is True else action.type.__name__
+        return f"{', '.join(names)} {value}{' …' * (action.nargs == '+')}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in ("", []) else super()._get_help_string(action)
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str):
         raise UserError(f"{self.prog}: {message}; `{self.prog} --help` lists the options")
@@ -96,8 +111,11 @@ class _Parser(HfArgumentParser):
     @staticmethod
     def _parse_dataclass_field(parser, field: dataclasses.Field):
         plain = copy.copy(field)
-        plain.metadata = {name: value for name, value in field.metadata.items() if name != "role"}  # argparse's alone
+        plain.metadata = {name: value for name, value in field.metadata.items() if name != "role"}  # not for argparse
         HfArgumentParser._parse_dataclass_field(parser, plain)
+        for action in parser._actions:
+            if action.dest == field.name and action.nargs == 0:
+                action.help = argparse.SUPPRESS  # --no_NAME is the same as --NAME False
 
 
 def arguments_from_variables(options_class: type, variables: Mapping[str, str]) -> list[str]:
@@ -118,7 +136,14 @@ def parse(options_class: type, arguments: Sequence[str]):
     """An instance of `options_class`. Raises `UserError` for unknown options and invalid values."""
     if os.environ.get("MINIONEREC_VARIABLES"):
         arguments = [*arguments_from_variables(options_class, os.environ), *arguments]
-    parser = _Parser(options_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
+    parser = _Parser(
+        options_class,
+        allow_abbrev=False,
+        usage="%(prog)s [--OPTION VALUE …]",
+        description=(sys.modules["__main__"].__doc__ or "").split("\n\n")[0],
+        epilog="An error prints one line and exits with code 2; --debug adds the traceback.",
+        formatter_class=_Help,
+    )
     options, unknown = parser.parse_args_into_dataclasses(
         list(arguments), return_remaining_strings=True, look_for_args_file=False
     )
@@ -139,6 +164,9 @@ def run(main: Callable, options_class: type) -> None:
     except KeyboardInterrupt:
         leave_group(130)
         sys.exit(130)
+    except BrokenPipeError:  # `… | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception as error:
         message = message_of(error)
         if message is None:
@@ -158,7 +186,12 @@ def message_of(error: Exception) -> str | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}; check the path, its permissions and the free disk space"
-    polars = sys.modules.get("polars")
+    reason = (str(error).splitlines() or [""])[0]
+    polars, safetensors = sys.modules.get("polars"), sys.modules.get("safetensors")
     if polars and isinstance(error, polars.exceptions.PolarsError):
-        return f"a table could not be read: {str(error).splitlines()[0]}; check the input files"
+        return f"a table could not be read or written: {reason}; check the files and the free disk space"
+    if safetensors and isinstance(error, safetensors.SafetensorError):
+        return f"a file of weights could not be read or written: {reason}; check the checkpoint and the free disk space"
+    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in reason or "inline_container" in reason):
+        return f"a file of weights could not be written: {reason}; check the free disk space"
     return None

@@ -21,7 +21,7 @@ def report_error(message: str) -> None:
 
 
 def on_main_process(function: Callable):
-    """The result of `function()`, called in the first process only and sent to all; a `UserError` reaches all too.
+    """The result of `function()`, called in the first process only and sent to all; an error of the user reaches all too.
 
     Needs an initialised process group where there are several processes (`accelerate.PartialState`).
     """
@@ -33,10 +33,10 @@ def on_main_process(function: Callable):
     if int(os.environ["RANK"]) == 0:
         try:
             result = [function()]
-        except UserError as error:
+        except (UserError, OSError) as error:
             result = [error]
     [result] = broadcast_object_list(result)
-    if isinstance(result, UserError):
+    if isinstance(result, Exception):
         raise result
     return result
 

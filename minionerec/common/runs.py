@@ -18,6 +18,7 @@ device, time, seconds, and the files that were written.
     complete, same identity, all files there         nothing to do
     complete, same identity, a file is missing       made again
     unfinished, same identity                        resumed
+    another identity, and none of its files          fresh start
     another identity, or files without a record      refused; with --overwrite True the old result moves to NAME.1
 
 Nothing is ever deleted here.
@@ -45,7 +46,7 @@ RECORD = "run.json"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "polars", "numpy", "faiss-cpu")
 # What a folder's digest covers: models, tokenizers, templates, tables. Records, figures and logs are left out.
 DIGESTED = {".json", ".safetensors", ".bin", ".model", ".txt", ".yaml", ".npz", ".npy", ".gguf", ".csv", ".jinja"}
-NOT_DIGESTED = {RECORD, "metrics.json", "trainer_state.json", "result.json", "log.jsonl"}
+NOT_DIGESTED = {RECORD, "metrics.json", "trainer_state.json", "training_args.bin", "result.json", "log.jsonl"}
 
 
 @dataclass
@@ -169,9 +170,9 @@ def digest(path: str | Path | Sequence) -> str:
     total = hashlib.blake2b(digest_size=16)
     for file in sorted([*path.glob("*"), *path.glob("*/*")]):
         name = file.relative_to(path)
-        if file.is_file() and file.suffix in DIGESTED and file.name not in NOT_DIGESTED:
-            if not name.parts[0].startswith((".", "checkpoint-")):
-                total.update(f"{name}\0{digest(file)}\0".encode())
+        shapes = file.suffix in DIGESTED and file.name not in NOT_DIGESTED and not file.name.endswith(f".{RECORD}")
+        if file.is_file() and shapes and not name.parts[0].startswith((".", "checkpoint-")):
+            total.update(f"{name}\0{digest(file)}\0".encode())
     return total.hexdigest()
 
 
@@ -207,7 +208,7 @@ def results(folder, writes: Sequence[str], files: Sequence, found: dict, path: P
     names += [match for pattern in writes for match in sorted(Path(folder).glob(pattern))]
     names += [Path(file) for file in files]
     existing = [name for name in dict.fromkeys(names) if name.exists()]
-    return [*existing, path] if existing and path.exists() else existing or ([path] if found else [])
+    return [*existing, path] if existing and found else existing
 
 
 def move_aside(existing: Sequence[Path], folder: str | Path) -> str:
@@ -217,9 +218,10 @@ def move_aside(existing: Sequence[Path], folder: str | Path) -> str:
         while Path(f"{folder}.{number}").exists():
             number += 1
         target = Path(f"{folder}.{number}")
-        target.mkdir(parents=True)
         for path in existing:
-            path.rename(target / path.name)
+            new = target / os.path.relpath(path, folder)
+            new.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(new)
         return str(target)
     while any(Path(f"{path}.{number}").exists() for path in existing):
         number += 1

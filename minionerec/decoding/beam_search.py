@@ -1,9 +1,13 @@
-"""Catalog-constrained decoding: a prompt encoded once, its beams as tokens of one row, no Python loop over beams.
+"""Catalog-constrained decoding: beam search and sampling of SIDs over trie nodes.
 
-At depth d the K beams of a prompt are K tokens that see the prompt, their own ancestors and themselves
-(tree_attention.py). In space `vocab` log-probabilities are normalised over the whole vocabulary and then restricted to
-the trie, so lists and scores are those of `transformers`' beam search with `prefix_allowed_tokens_fn`; in space
-`catalog` they are normalised over what the trie allows (lm_head.py). The model's `generation_config` has no say.
+A prompt is encoded once. At depth d its K beams are K tokens of one row that see the prompt, their own ancestors and
+themselves (tree_attention.py); no prompt and no cache is repeated per beam, and no Python loop runs over beams.
+
+    space     scores are normalised over           lists and scores agree with
+    vocab     the whole vocabulary                 `transformers`' beam search with `prefix_allowed_tokens_fn`
+    catalog   the tokens that the trie allows      the policy that RL trains in this space
+
+The model's generation config is not read.
 """
 
 from collections.abc import Sequence
@@ -14,18 +18,18 @@ import torch
 from tqdm import tqdm
 
 from minionerec.catalog.trie import Trie
+from minionerec.common.errors import UserError
 from minionerec.decoding.lm_head import LMHead, allowed_log_probs
 from minionerec.decoding.tree_attention import PromptTree, require_tree_attention
 
 
 class Beams(NamedTuple):
-    """SIDs of each prompt. From `beam_search` best first and distinct; from `sample` as drawn."""
+    """SIDs of each prompt. From `beam_search` distinct, best first; from `sample` in the order drawn."""
 
     row: torch.Tensor  # (prompts, width) rows of the catalog's SIDs, -1 where a restricted trie has no more of them
     score: torch.Tensor  # (prompts, width) sum of token log-probabilities in nats, over length ** length_penalty
 
 
-@torch.no_grad()
 def beam_search(
     model,
     trie: Trie,
@@ -36,17 +40,43 @@ def beam_search(
     length_penalty: float = 0.0,
     space: str = "vocab",
 ) -> Beams:
-    """The `num_beams` most probable SIDs after each prompt.
+    """The `num_beams` most probable SIDs after each prompt: `beam_searches` under one trie."""
+    arguments = (input_ids, attention_mask, num_beams, temperature, length_penalty, space)
+    return beam_searches(model, [trie], *arguments)[0]
 
-    input_ids, attention_mask: (prompts, length), padded on either side. Every prompt gets min(num_beams, leaves)
-    distinct SIDs: beams that end early wait in a pool of their own and take no running beam's place. Raises
-    `FloatingPointError` if the model's logits are not finite, `UserError` if the model cannot decode a tree.
+
+@torch.no_grad()
+def beam_searches(
+    model,
+    tries: Sequence[Trie],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    num_beams: int,
+    temperature: float = 1.0,
+    length_penalty: float = 0.0,
+    space: str = "vocab",
+) -> list[Beams]:
+    """A beam search under each of `tries`, which may be restrictions of one trie; the prompts are encoded once.
+
+    input_ids, attention_mask: (prompts, length), padded on either side. Every prompt gets min(num_beams, catalog) distinct
+    SIDs, fewer (-1) only where a restriction leaves fewer. Finished beams are stored separately and use no beam slot.
+    Raises `UserError` if the model cannot decode a tree of tokens or its logits are not finite.
     """
     require_tree_attention(model)
-    trie, head = trie.to(input_ids.device), LMHead.of(model)
-    width = min(num_beams, trie.n_leaves)
+    head = LMHead.of(model)
     tree = PromptTree(model, input_ids, attention_mask)
-    node = input_ids.new_zeros(len(input_ids), 1)
+    found = []
+    for trie in tries:
+        tree.rewind()
+        found.append(_search(tree, head, trie.to(input_ids.device), num_beams, temperature, length_penalty, space))
+    return found
+
+
+def _search(
+    tree: PromptTree, head: LMHead, trie: Trie, num_beams: int, temperature: float, length_penalty: float, space: str
+) -> Beams:
+    width = min(num_beams, trie.n_leaves)
+    node = torch.zeros(len(tree.hidden), 1, dtype=torch.long, device=tree.hidden.device)
     score = torch.zeros(node.shape, device=node.device)
     done = Beams(node.new_full((len(node), width), -1), score.new_full((len(node), width), -torch.inf))
     for depth in range(trie.depth):
@@ -56,13 +86,13 @@ def beam_search(
         )
         reached = (score.unsqueeze(-1) + log_probs).flatten(1)
         child, token = allowed.node.flatten(1), allowed.token.flatten(1)
-        leaf = torch.where(reached > -torch.inf, trie.leaf[child], -1)
+        row = torch.where(reached > -torch.inf, trie.leaf[child], -1)
 
-        ended = (reached / (depth + 1) ** length_penalty).masked_fill(leaf < 0, -torch.inf)
+        ended = (reached / (depth + 1) ** length_penalty).masked_fill(row < 0, -torch.inf)
         best, place = torch.cat([done.score, ended], dim=1).topk(width)
-        done = Beams(torch.cat([done.row, leaf], dim=1).gather(1, place), best)
+        done = Beams(torch.cat([done.row, row], dim=1).gather(1, place), best)
         if depth + 1 < trie.depth:
-            running = reached.masked_fill(leaf >= 0, -torch.inf)
+            running = reached.masked_fill(row >= 0, -torch.inf)
             score, place = running.topk(min(num_beams, running.shape[1]))
             node = child.gather(1, place)
             tree.grow(token.gather(1, place), place // allowed.token.shape[2])
@@ -72,7 +102,9 @@ def beam_search(
 
 def _refuse_broken(found: torch.Tensor, expected: torch.Tensor) -> None:
     if not (found == expected).all():
-        raise FloatingPointError("decoding: the model's logits are not finite (NaN or infinite weights?)")
+        raise UserError(
+            "decoding: the model's logits are not finite; its weights hold NaN or Inf, or training diverged"
+        )
 
 
 @torch.no_grad()
@@ -90,11 +122,10 @@ def sample(
 ) -> Beams:
     """`num_samples` independent draws of a SID after each prompt; a SID may be drawn more than once.
 
-    Tokens are drawn from the policy renormalised over what the trie allows at each node, cut to the smallest set that
-    holds `top_p` of that probability (nucleus sampling, arXiv 1904.09751). The score is the log-probability of the
-    drawn SID in nats, in `space`, at `temperature`, before that cut. The prompt is encoded once, its samples are tokens
-    of one row. `generator` lives on the model's device. Raises as `beam_search` does, and `ValueError` where a
-    restriction leaves a prompt nothing to draw.
+    Tokens are drawn from the policy renormalised over what the trie allows at each node, restricted to the smallest set
+    with probability `top_p` (nucleus sampling, arXiv 1904.09751). The score is the log-probability of the drawn SID in
+    nats, in `space`, at `temperature`, without the nucleus cut. `generator` must be on the model's device. Raises as
+    `beam_searches` does, and `ValueError` where a restriction leaves a prompt nothing to draw.
     """
     require_tree_attention(model)
     trie, head = trie.to(input_ids.device), LMHead.of(model)
@@ -104,7 +135,7 @@ def sample(
     node = input_ids.new_zeros(len(input_ids), num_samples)
     score = torch.zeros(node.shape, device=node.device)
     for depth in range(trie.depth):
-        # The root has one state for all samples; below it each sample has its own.
+        # All samples share the state of the root; below it each has its own.
         log_probs, allowed = allowed_log_probs(
             head, tree.hidden, trie, node[:, : tree.hidden.shape[1]], space=space, level=depth, temperature=temperature
         )
@@ -119,19 +150,19 @@ def sample(
         if depth + 1 < trie.depth:
             own = torch.arange(num_samples, device=node.device).expand_as(node)
             tree.grow(of_drawn(allowed.token), own if depth else torch.zeros_like(own))
-    leaf = trie.leaf[node]
-    _refuse_broken((score.isfinite() & (leaf >= 0)).sum(1), node.new_tensor(num_samples))
-    return Beams(leaf, score)
+    row = trie.leaf[node]
+    _refuse_broken((score.isfinite() & (row >= 0)).sum(1), node.new_tensor(num_samples))
+    return Beams(row, score)
 
 
 def _draw(log_probs: torch.Tensor, top_p: float, generator: torch.Generator | None) -> torch.Tensor:
     """One choice for each row of unnormalised (..., choices) log-probabilities, as (..., 1) places."""
-    probs = log_probs.softmax(dim=-1).nan_to_num()  # a row that allows nothing draws place 0, which nobody reads
+    probs = log_probs.softmax(dim=-1).nan_to_num()  # a finished sample allows nothing: place 0, which is ignored
     if top_p < 1.0:
         ranked, place = probs.sort(dim=-1, descending=True)
-        kept = ranked.cumsum(dim=-1) - ranked < top_p  # what stands before it does not hold top_p yet
+        kept = ranked.cumsum(dim=-1) - ranked < top_p  # the probability before it is below top_p
         probs = torch.zeros_like(probs).scatter(-1, place, ranked * kept)
-    # The first of independent exponential clocks to ring, by rates `probs`: one draw a row without a loop.
+    # argmax of p_i / e_i with e_i ~ Exp(1) is a draw from p: all rows in one call.
     clocks = torch.empty(probs.shape, device=probs.device).exponential_(generator=generator)
     return (probs / clocks).argmax(dim=-1, keepdim=True)
 
@@ -147,7 +178,7 @@ def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int, device) -> t
 def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[list[int]]:
     """Rows in batches of about equal length, shortest first.
 
-    A batch has at most `batch_size` rows and, padded, at most `batch_tokens` tokens; a longer row stands alone.
+    A batch has at most `batch_size` rows and, padded, at most `batch_tokens` tokens; a longer row is its own batch.
     """
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -159,23 +190,36 @@ def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -
 
 
 def recommend_batch(
-    model, tokens: Sequence[Sequence[int]], pad_token_id: int, trie: Trie, num_beams: int, excluded=None, **search
-) -> tuple[np.ndarray, np.ndarray]:
-    """`beam_search` for one batch of token lists in evaluation mode: (SID rows, scores), both (prompts, width).
+    model,
+    tokens: Sequence[Sequence[int]],
+    pad_token_id: int,
+    trie: Trie,
+    num_beams: int,
+    exclusions: Sequence[Sequence[Sequence[int]] | None] = (None,),
+    **search,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Beam searches for one batch of token lists, in evaluation mode; the prompts are encoded once.
 
-    excluded: for each prompt, rows of SIDs that it must not get; `search` goes to `beam_search`.
+    exclusions: one search for each entry; an entry holds for each prompt the rows of SIDs that it must not get, or is
+    None. Returns (SID rows, scores) of each search, both (prompts, width); `search` goes to `beam_searches`.
     """
     ids, mask = left_pad(tokens, pad_token_id, model.device)
-    if excluded is not None and any(excluded):
-        allowed = torch.ones(len(tokens), trie.n_leaves, dtype=torch.bool)
-        for prompt, sid_rows in enumerate(excluded):
-            allowed[prompt, sid_rows] = False
-        trie = trie.restrict(allowed.to(model.device))
+    tries = [_without(trie, excluded).to(model.device) for excluded in exclusions]
     was_training = model.training
     model.eval()
-    found = beam_search(model, trie, ids, mask, num_beams, **search)
+    found = beam_searches(model, tries, ids, mask, num_beams, **search)
     model.train(was_training)
-    return found.row.cpu().numpy(), found.score.cpu().numpy()
+    return [(beams.row.cpu().numpy(), beams.score.cpu().numpy()) for beams in found]
+
+
+def _without(trie: Trie, excluded: Sequence[Sequence[int]] | None) -> Trie:
+    """The trie without each prompt's excluded rows."""
+    if excluded is None or not any(excluded):
+        return trie
+    allowed = torch.ones(len(excluded), trie.n_leaves, dtype=torch.bool)
+    for prompt, rows in enumerate(excluded):
+        allowed[prompt, rows] = False
+    return trie.restrict(allowed.to(trie.order.device))
 
 
 def recommend(
@@ -194,22 +238,22 @@ def recommend(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`beam_search` for any number of prompts, in batches of about equal length, in evaluation mode.
 
-    Returns (SID rows, scores), both (prompts, min(num_beams, catalog)), in the order of `prompts`. `progress` names
-    a progress bar; `excluded` holds, for each prompt, rows of SIDs that it must not get.
+    excluded: for each prompt, rows of SIDs that it must not get; progress: name of a progress bar. Returns
+    (SID rows, scores), both (prompts, min(num_beams, catalog)), in the order of `prompts`.
     """
-    tokens = tokenizer(list(prompts))["input_ids"]
+    tokens = tokenizer(list(prompts))["input_ids"] if len(prompts) else []
     width = min(num_beams, trie.n_leaves)
     sid_rows, scores = np.zeros((len(tokens), width), dtype=np.int64), np.zeros((len(tokens), width))
     trie, pad = trie.to(model.device), tokenizer.pad_token_id or 0
     batches = length_batches([len(t) for t in tokens], batch_size, batch_tokens)
     for batch in tqdm(batches, desc=progress, disable=progress is None):
-        sid_rows[batch], scores[batch] = recommend_batch(
+        [(sid_rows[batch], scores[batch])] = recommend_batch(
             model,
             [tokens[i] for i in batch],
             pad,
             trie,
             num_beams,
-            excluded and [excluded[i] for i in batch],
+            [excluded and [excluded[i] for i in batch]],
             length_penalty=length_penalty,
             space=space,
         )

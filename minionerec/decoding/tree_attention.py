@@ -1,12 +1,12 @@
-"""One shared prefix and its branches in one row: positions and masks.
+"""Tree attention: a shared prefix and its branches in one row, by position ids and a 4-D mask.
 
-A prompt is encoded once. Its beams, or the completions of its group, follow it in the same row, and a 4D mask lets
-each see the prompt, its own ancestors and itself, nothing of its neighbours. Positions restart after the prompt in
-every branch, so the result equals a forward of each `prompt + branch` alone.
+A prompt is encoded once. Its beams, or the completions of its group, follow in the same row; each sees the prompt, its
+own ancestors and itself. Positions restart after the prompt in every branch, so the result equals a forward of each
+`prompt + branch` in its own row.
 
-Masks are additive (0 where visible, the dtype's minimum where not), shape (rows, 1, queries, keys): the form that
-`transformers` hands unchanged to its eager and SDPA attention. Which models can take it is asked of the model itself:
-`require_tree_attention` compares a small tree with plain rows.
+Masks are additive (0 where visible, the dtype's minimum elsewhere) with shape (rows, 1, queries, keys), which
+`transformers` passes unchanged to eager and SDPA attention. `require_tree_attention` tests whether a model supports
+them by comparing a small tree with plain rows.
 """
 
 from weakref import WeakSet
@@ -29,10 +29,10 @@ def positions(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def beam_mask(prompt_mask: torch.Tensor, ancestors: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor:
-    """The mask of one decoding step over an unexpanded cache.
+    """The mask of one decoding step over a cache that is shared by all beams.
 
-    prompt_mask: (rows, prompt), 1 at real tokens; ancestors: (rows, beams, depth) the cache columns of each beam's own
-    tokens, itself included; keys: columns in the cache after this step. Returns (rows, 1, beams, keys).
+    prompt_mask: (rows, prompt), 1 at real tokens; ancestors: (rows, beams, depth) cache columns of each beam's tokens,
+    the newest included; keys: columns in the cache after this step. Returns (rows, 1, beams, keys).
     """
     rows, beams, _ = ancestors.shape
     visible = torch.zeros(rows, beams, keys, dtype=torch.bool, device=prompt_mask.device)
@@ -46,14 +46,14 @@ def branch_mask_and_positions(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask and position ids of rows `[trunk | branch 1 | … | branch G]`, every branch `length` tokens long.
 
-    trunk_mask: (rows, trunk), 1 at real tokens. Returns (rows, 1, total, total) and (rows, total), where total is
-    trunk + branches * length.
+    trunk_mask: (rows, trunk), 1 at real tokens. Returns (rows, 1, total, total) and (rows, total), with
+    total = trunk + branches * length.
     """
     rows, trunk = trunk_mask.shape
     device = trunk_mask.device
-    offset = torch.arange(length, device=device).repeat(branches)  # place of a token in its own branch
+    offset = torch.arange(length, device=device).repeat(branches)  # place of a token in its branch
     branch = torch.arange(branches, device=device).repeat_interleave(length)
-    # Which of the row's tokens see which: trunk by causality, branches by membership and causality.
+    # The trunk is causal; a branch sees the trunk and, causally, itself.
     causal = torch.ones(trunk, trunk, dtype=torch.bool, device=device).tril()
     within = (branch[:, None] == branch[None, :]) & (offset[:, None] >= offset[None, :])
     structure = torch.zeros(trunk + len(offset), trunk + len(offset), dtype=torch.bool, device=device)
@@ -61,7 +61,7 @@ def branch_mask_and_positions(
     structure[trunk:, :trunk] = True
     structure[trunk:, trunk:] = within
     real = torch.cat([trunk_mask.bool(), trunk_mask.new_ones(rows, len(offset)).bool()], dim=1)
-    # A padded token sees itself alone: a row of the mask with nothing visible would turn into NaN.
+    # A padded token sees itself: softmax over a row of the mask with nothing visible would be NaN.
     visible = (structure & real.unsqueeze(1)) | torch.eye(len(structure), dtype=torch.bool, device=device)
     trunk_length = trunk_mask.sum(dim=1, keepdim=True)
     return additive(visible, dtype), torch.cat([positions(trunk_mask), trunk_length + offset], dim=1)
@@ -79,7 +79,7 @@ class PromptTree:
     """Prompts in a key-value cache that is never expanded or reordered, and the tokens grown from them level by level.
 
     hidden: (prompts, 1, dim), then (prompts, tokens, dim): the states that predict what follows the newest tokens.
-    Tokens that nothing descends from stay in the cache, unseen.
+    Tokens without descendants stay in the cache, masked.
     """
 
     def __init__(self, model, input_ids: torch.Tensor, attention_mask: torch.Tensor):
@@ -87,18 +87,28 @@ class PromptTree:
         self.body, self.dtype = unwrap_adapter(model).base_model, next(model.parameters()).dtype
         self.window = attention_window(unwrap_adapter(model).config)
         self.prompt_mask = attention_mask
-        self.next_position = attention_mask.sum(dim=1, keepdim=True)  # (prompts, 1)
         batch, length = input_ids.shape
-        self.ancestors = input_ids.new_empty(batch, 1, 0)  # cache columns of each newest token's line
         output = self.body(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=True
         )
         self.cache, self.columns = output.past_key_values, length
         last = (attention_mask * torch.arange(length, device=input_ids.device)).argmax(dim=1)
-        self.hidden = output.last_hidden_state[torch.arange(batch, device=input_ids.device), last].unsqueeze(1)
+        self.prompt_hidden = output.last_hidden_state[torch.arange(batch, device=input_ids.device), last].unsqueeze(1)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Drop all tokens grown from the prompts, so that another tree can grow from the same encoding."""
+        batch, length = self.prompt_mask.shape
+        if self.columns > length:
+            self.cache.crop(length - self.columns)  # negative: the number of columns to remove
+        self.columns, self.hidden = length, self.prompt_hidden
+        self.next_position = self.prompt_mask.sum(dim=1, keepdim=True)  # (prompts, 1)
+        self.ancestors = self.prompt_mask.new_empty(
+            batch, 1, 0, dtype=torch.long
+        )  # cache columns of each newest token's ancestors
 
     def grow(self, token: torch.Tensor, parent: torch.Tensor) -> None:
-        """Append tokens; each follows the token of the level before at place `parent`. Both (prompts, tokens)."""
+        """Append tokens; each follows the token at place `parent` of the level before. Both (prompts, tokens)."""
         batch, tokens = token.shape
         column = torch.arange(self.columns, self.columns + tokens, device=token.device).expand(batch, tokens)
         inherited = self.ancestors.gather(1, parent.unsqueeze(-1).expand(-1, -1, self.ancestors.shape[2]))
@@ -120,15 +130,15 @@ class PromptTree:
         self.hidden = output.last_hidden_state
 
 
-_able: WeakSet = WeakSet()  # models that have been seen to agree
+_able: WeakSet = WeakSet()  # models that passed the test
 
 
 @torch.no_grad()
 def require_tree_attention(model) -> None:
-    """Raise `UserError` unless `model` decodes a tree of tokens as it decodes plain rows; asked once of each model.
+    """Raise `UserError` unless `model` decodes a tree of tokens as it decodes plain rows; tested once per model.
 
-    The probe is two padded prompts with two branches of two tokens each; logits from hidden states and `LMHead` must
-    equal the model's own of each row alone. Flash attention and recurrence fail it; windows are `PromptTree`'s to watch.
+    The test is two padded prompts with two branches of two tokens each: logits from hidden states and `LMHead` must equal
+    the model's logits of each row by itself. Flash attention and recurrence fail it; `PromptTree` checks windows.
     """
     if model in _able:
         return
@@ -151,7 +161,7 @@ def require_tree_attention(model) -> None:
     try:
         mask = torch.ones(2, 5, dtype=torch.long, device=device)
         mask[0, :2] = 0
-        parent = torch.tensor([[1, 0]] * 2, device=device)  # crossed, so that a wrong line cannot pass for the right
+        parent = torch.tensor([[1, 0]] * 2, device=device)  # swapped, so that wrong ancestry changes the logits
         with torch.autocast(device.type, enabled=False):
             tree = PromptTree(model, ids[:, :5], mask)
             tree.grow(ids[:, 5:7], torch.zeros_like(parent))
@@ -167,7 +177,7 @@ def require_tree_attention(model) -> None:
     finally:
         model.train(was_training)
     if not expected.isfinite().all():
-        return  # broken weights are beam search's to report
+        return  # beam search reports weights that are not finite
     tolerance = 1e-3 if tree.dtype == torch.float32 else 0.1
     error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
     if error > tolerance:

@@ -1,27 +1,39 @@
 """Ranking metrics from the rank of each row's one target: HR, NDCG, MRR, with bootstrap intervals.
 
-A rank is 0 for the first place; `MISSED` where the target is not in the list. With one relevant item,
-HR@K = [rank < K] and NDCG@K = [rank < K] / log2(rank + 2) (Järvelin & Kekäläinen 2002, ideal DCG 1); MRR is over the
-whole list given. Sums run in float64 over all rows at once: the same on any number of processes.
+A rank is 0 for the first place, `MISSED` where the target is not in the list. With one relevant item:
 
-By SID, any item that shares the target's SID is a hit, as published tables count it. By item, a leaf with several
-items expands in the catalog's fixed order, and only the target itself is a hit.
+    HR@K   = [rank < K]
+    NDCG@K = [rank < K] / log2(rank + 2)       (Järvelin & Kekäläinen 2002; the ideal DCG is 1)
+    MRR    = 1 / (rank + 1), 0 where missed, over the whole list
+
+For example, the ranks 0 and 3 have HR@3 = 0.5 and NDCG@5 = (1 + 1 / log2(5)) / 2 = 0.715. Sums run in float64 over all
+rows at once, so they do not depend on the number of processes.
+
+By SID, any item that shares the target's SID is a hit, as published tables count. By item, a SID with several items
+expands in the catalog's fixed order, and only the target is a hit.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from minionerec.catalog.catalog import Catalog
+if TYPE_CHECKING:
+    from minionerec.catalog.catalog import Catalog  # imports torch
 
 CUTOFFS = (1, 3, 5, 10, 20, 50)
 MISSED = np.iinfo(np.int64).max
 
 
+def cutoffs_of(beams: int) -> list[int]:
+    """The K that a list of `beams` places can answer: those of `CUTOFFS` up to `beams`, and min(10, beams)."""
+    return sorted({k for k in CUTOFFS if k <= beams} | {min(10, beams)})
+
+
 def sid_and_item_ranks(
     predicted: np.ndarray,
     targets: Sequence[int],
-    catalog: Catalog,
+    catalog: "Catalog",
     seen: Sequence[Sequence[int]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ranks of each row's target in its list of SIDs.
@@ -30,7 +42,7 @@ def sid_and_item_ranks(
     seen: for each row, items that its SIDs do not expand to (a target among them is missed by item).
     Returns (rank of the target's SID among SIDs, rank of the target among the items that the SIDs expand to).
     """
-    targets = np.asarray(targets)
+    targets = np.asarray(targets, dtype=np.int64)
     hits = predicted == catalog.sid_of_item[targets][:, None]
     hit, place = hits.any(axis=1), hits.argmax(axis=1)
     group_size = np.array([len(items) for items in catalog.items_of_sid] + [0])  # [-1] is the padding's
@@ -44,29 +56,22 @@ def sid_and_item_ranks(
     for row, items in enumerate(seen if seen is not None else ()):
         others = np.unique(np.asarray(items, dtype=np.int64))
         item_hit[row] &= targets[row] not in others
-        leaf = catalog.sid_of_item[others]
-        same = (leaf == catalog.sid_of_item[targets[row]]) & (place_in_group[others] < place_in_group[targets[row]])
-        item_place[row] -= int((same | np.isin(leaf, predicted[row, : place[row]])).sum())
+        sid_row = catalog.sid_of_item[others]
+        same_sid = sid_row == catalog.sid_of_item[targets[row]]
+        earlier = same_sid & (place_in_group[others] < place_in_group[targets[row]])
+        item_place[row] -= int((earlier | np.isin(sid_row, predicted[row, : place[row]])).sum())
     return np.where(hit, place, MISSED), np.where(item_hit, item_place, MISSED)
 
 
-def coverage(predicted: np.ndarray, catalog: Catalog, k: int = 10) -> dict[str, float]:
-    """What the first `k` places of all rows show of the catalog: shares of its SIDs and of its items, in [0, 1]."""
-    shown = np.unique(predicted[:, :k])
-    shown = shown[shown >= 0]
-    items = sum(len(catalog.items_of_sid[row]) for row in shown)
-    return {f"sids@{k}": len(shown) / len(catalog.sids), f"items@{k}": items / catalog.n_items}
-
-
-def illegal(predicted: np.ndarray, catalog: Catalog) -> int:
-    """Predictions that are no SID of the catalog or that repeat one of their row; -1 is an empty place."""
+def illegal(predicted: np.ndarray, catalog: "Catalog") -> int:
+    """How many predictions are no SID of the catalog or repeat one of their row; -1 is an empty place."""
     ranked = np.sort(predicted, axis=1)
     repeated = (ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)
     return int(repeated.sum() + ((predicted < -1) | (predicted >= len(catalog.sids))).sum())
 
 
 def ranks_of_scores(scores: np.ndarray, targets: Sequence[int]) -> np.ndarray:
-    """Rank of each target under `scores` (rows, items); of equal scores the lower id stands first. Refuses NaN."""
+    """Rank of each target under `scores` (rows, items); of equal scores the lower id is first. Refuses NaN."""
     if np.isnan(scores).any():
         raise ValueError(f"scores of row {int(np.isnan(scores).any(axis=1).argmax())} contain NaN")
     rows = np.arange(len(scores))
@@ -102,7 +107,7 @@ def bootstrap(ranks: np.ndarray, seed: int, cutoffs: Sequence[int] = CUTOFFS, ro
 
 
 def format_table(rows: dict[str, dict[str, float]], cutoffs: Sequence[int]) -> str:
-    """A text table, a line for each of `rows`, HR and NDCG at `cutoffs`."""
+    """A text table with one line for each of `rows`: HR and NDCG at `cutoffs`."""
     names = [f"{metric}@{k}" for metric in ("HR", "NDCG") for k in cutoffs]
     width = max(map(len, rows)) + 2
     lines = [" " * width + "".join(f"{name:>10}" for name in names)]

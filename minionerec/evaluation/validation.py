@@ -12,11 +12,12 @@ from minionerec.catalog.catalog import Catalog
 from minionerec.catalog.trie import Trie
 from minionerec.decoding.beam_search import recommend
 from minionerec.evaluation import metrics
+from minionerec.evaluation.metrics import cutoffs_of
 
 
 @contextmanager
 def model_for_search(trainer) -> Iterator:
-    """A trainer's model out of its wrappers, its parameters gathered, in the precision that it is trained in."""
+    """A trainer's model without its wrappers, with its parameters gathered, in the precision that it is trained in."""
     gather = getattr(trainer.args, "ds3_gather_for_generation", True)
     with (
         unwrap_model_for_generation(
@@ -25,11 +26,6 @@ def model_for_search(trainer) -> Iterator:
         trainer.accelerator.autocast(),
     ):
         yield model
-
-
-def cutoffs_of(beams: int) -> list[int]:
-    """The K of the metrics: none beyond the beams, and the least of 10 and the beams among them."""
-    return sorted({k for k in metrics.CUTOFFS if k <= beams} | {min(10, beams)})
 
 
 class Validation(NamedTuple):
@@ -41,6 +37,7 @@ class Validation(NamedTuple):
     trie: Trie
     beams: int
     space: str = "vocab"
+    seen: Sequence[Sequence[int]] | None = None  # (rows, …) items that leave the ranking; None: all items are ranked
 
     @property
     def cutoffs(self) -> list[int]:
@@ -49,16 +46,18 @@ class Validation(NamedTuple):
     def measure(self, trainer) -> dict[str, float]:
         """HR@K, NDCG@K and MRR by item of a `transformers.Trainer`'s model; exact sums over its processes."""
         accelerator = trainer.accelerator
-        process, world = accelerator.process_index, accelerator.num_processes
+        own = slice(accelerator.process_index, None, accelerator.num_processes)  # empty where rows are few
+        seen = None if self.seen is None else self.seen[own]
         with model_for_search(trainer) as model:
-            leaves, _ = recommend(
+            sid_rows, _ = recommend(
                 model,
                 trainer.processing_class,
                 self.trie,
-                self.prompts[process::world],
+                self.prompts[own],
                 self.beams,
                 trainer.args.per_device_eval_batch_size,
                 space=self.space,
+                excluded=seen and [self.catalog.rows_of(items) for items in seen],
             )
-        _, ranks = metrics.sid_and_item_ranks(leaves, self.targets[process::world], self.catalog)
+        _, ranks = metrics.sid_and_item_ranks(sid_rows, self.targets[own], self.catalog, seen)
         return metrics.table(np.concatenate(gather_object([ranks])), self.cutoffs)

@@ -1,20 +1,26 @@
-"""TODO."""
+"""Training a part of a model, with PEFT: LoRA adapters, or only the embedding rows of the new tokens."""
 
+import torch
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
 from minionerec.common.errors import UserError
-from minionerec.language_model.checkpoints import _first_line
-from minionerec.language_model.new_tokens import _embedding_names
+from minionerec.language_model.checkpoints import first_line
+from minionerec.language_model.new_tokens import embedding_names
 
 
-def train_rows_alone(model, new_ids: list[int], flag_value: str):
-    """The model with nothing to train but the embedding rows of `new_ids`: optimizer state exists for those alone."""
+def train_new_rows(model, new_ids: list[int], base_model: str):
+    """The model with only the embedding rows of `new_ids` to train; optimizer state exists only for those rows.
+
+    Raises `UserError` where there are none; `base_model` is the name to report.
+    """
     if not new_ids:
         raise UserError(
-            f"--freeze_LLM True, but {flag_value} already knows every SID token: there is no new row to train; "
-            f"give the model that was there before, or leave --freeze_LLM out"
+            f"--freeze_LLM True, but {base_model} already has every SID token, so there is no new row to train; give the "
+            "base model without SID tokens, or leave --freeze_LLM out"
         )
-    return get_peft_model(model, TrainableTokensConfig(token_indices=new_ids, target_modules=_embedding_names(model)))
+    names = _short_names(model)
+    return _with_head_bias(get_peft_model(model, TrainableTokensConfig(token_indices=new_ids, target_modules=names)))
 
 
 def lora_config(r: int, alpha: float, dropout: float, target_modules: str, **more) -> LoraConfig:
@@ -28,9 +34,44 @@ def lora_config(r: int, alpha: float, dropout: float, target_modules: str, **mor
 
 def add_lora(model, new_ids: list[int], r: int, alpha: float, dropout: float, target_modules: str):
     """The model with LoRA adapters and the embedding rows of `new_ids` to train."""
-    rows = dict.fromkeys(_embedding_names(model), new_ids) if new_ids else None
+    refuse_embeddings(model, target_modules)
+    rows = dict.fromkeys(_short_names(model), new_ids) if new_ids else None
     config = lora_config(r, alpha, dropout, target_modules, trainable_token_indices=rows)
     try:
-        return get_peft_model(model, config)
+        return _with_head_bias(get_peft_model(model, config))
     except ValueError as error:
-        raise UserError(f"--lora_target_modules {target_modules}: {_first_line(error)}") from None
+        raise UserError(f"--lora_target_modules {target_modules}: {first_line(error)}") from None
+
+
+def refuse_embeddings(model, target_modules: str) -> None:
+    """Raise `UserError` where --lora_target_modules names the embedding or the LM head."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    refused = [name for name, module in model.named_modules() if any(module is each for each in modules)]
+    for target in target_modules.split(","):
+        for name in refused:
+            if f".{name}".endswith(f".{target.strip()}"):
+                raise UserError(
+                    f"--lora_target_modules {target_modules}: {name} is an embedding or the LM head; adapters go on the "
+                    "layers between them, and new tokens' embedding rows are trained without being named"
+                )
+
+
+def _short_names(model) -> list[str]:
+    """The last part of the names of the embedding modules, as PEFT takes them."""
+    return [name.rpartition(".")[-1] for name in embedding_names(model)]
+
+
+def _with_head_bias(model):
+    """The PEFT model with the bias of its LM head in force: PEFT's layer for trainable tokens leaves it out.
+
+    The layer computes `x W^T`; a merged layer, or one whose adapter is disabled, computes `x W^T + b`.
+    """
+
+    def add_bias(layer, arguments, output: torch.Tensor) -> torch.Tensor:
+        applied = layer.merged or layer.disable_adapters or not layer.active_adapters
+        return output if applied else output + layer.base_layer.bias
+
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer) and getattr(layer.base_layer, "bias", None) is not None:
+            layer.register_forward_hook(add_bias)
+    return model

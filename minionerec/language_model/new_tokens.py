@@ -1,58 +1,119 @@
-"""TODO."""
+"""SID tokens for a language model: added to the tokenizer, with rows in the embeddings, and checked.
+
+- Tokens are added with `normalized=False`, so that no normalizer (such as one that prepends a space) changes them.
+- Ids come from the tokenizer. Where its vocabulary has a hole, the tokenizer may give a new token an id that is taken;
+  that is refused. The embeddings are sized by the largest id and never shrink.
+- New rows start from the distribution of the old ones, or from the titles of the items that carry the token. The new
+  entries of an LM head's bias start from the mean of the old ones.
+"""
+
+from collections.abc import Sequence
 
 import torch
+from tokenizers import AddedToken
 
 from minionerec.catalog.items import Items
+from minionerec.catalog.sids import SID_TOKEN, canonical_sid
+from minionerec.common.errors import UserError
 
 
-def _embedding_matrices(model) -> list[torch.nn.Parameter]:
+def embedding_matrices(model) -> list[torch.nn.Parameter]:
     """The input embedding and, where it is untied, the output embedding: each (vocabulary, hidden)."""
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     return list({id(module.weight): module.weight for module in modules}.values())
 
 
+def embedding_names(model) -> list[str]:
+    """The full names of the modules that `embedding_matrices` are the weights of."""
+    names = {id(module): name for name, module in model.named_modules()}
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    modules = [inputs] if inputs.weight is outputs.weight else [inputs, outputs]
+    return [names[id(module)] for module in modules]
+
+
 @torch.no_grad()
-def add_tokens(model, tokenizer, tokens: list[str], items: Items | None = None) -> list[int]:
+def add_tokens(model, tokenizer, tokens: Sequence[str], items: Items | None = None) -> list[int]:
     """Add `tokens` to the tokenizer and rows for them to the embeddings; returns the ids of the new ones.
 
     New rows are drawn from the normal distribution with the mean and the covariance of the old rows, of the input
     and, where it is untied, the output embedding. With `items`, the row of a token that their SIDs use is instead the
-    mean, over the items that carry it, of their titles' mean embedding. A matrix padded beyond the tokenizer's length
-    never shrinks.
+    mean, over the items that carry it, of their titles' mean embedding.
     """
-    n_old = len(tokenizer)
     titles = tokenizer([item or " " for item in items.titles], add_special_tokens=False)["input_ids"] if items else []
-    tokenizer.add_tokens(tokens)
-    new_ids = list(range(n_old, len(tokenizer)))
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for weight in _embedding_matrices(model):
-        old = weight[:n_old].float()
+    old_ids, new_ids = _extend(tokenizer, tokens)
+    size = max([*old_ids, *new_ids]) + 1
+    if size > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(size, mean_resizing=False)
+    n_old = len(old_ids)
+    rows_of_old = slice(n_old) if old_ids[-1] == n_old - 1 else torch.tensor(old_ids)  # a slice copies nothing
+    for weight in embedding_matrices(model):
+        old = weight[rows_of_old].float()
         mean = old.mean(dim=0)
         # (new, old) standard normals times the centred rows: samples with the rows' covariance, never formed
         drawn = torch.randn(len(new_ids), n_old, device=old.device) @ (old - mean) / n_old**0.5
         weight[new_ids] = (mean + drawn).to(weight.dtype)
         if items:
-            used, rows = _means_by_token(old, titles, tokenizer(items.sids, add_special_tokens=False)["input_ids"])
-            new = used >= n_old
+            sids = tokenizer(items.sids, add_special_tokens=False)["input_ids"]
+            used, rows = _means_by_token(weight.float(), titles, sids)
+            new = torch.isin(used, torch.tensor(new_ids, dtype=used.dtype))
             weight[used[new]] = rows[new].to(weight.dtype)
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        bias[new_ids] = bias[rows_of_old].float().mean().to(bias.dtype)
     return new_ids
 
 
-def _means_by_token(old: torch.Tensor, titles: list[list[int]], sids: list[list[int]]):
+def _extend(tokenizer, tokens: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Add `tokens` to a tokenizer. Returns the ids of its old tokens, sorted, and those of the new ones, in order.
+
+    Raises `UserError` where a new token got the id of an old one.
+    """
+    before = tokenizer.get_vocab()
+    owner = {id: token for token, id in before.items()}
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+    new = [token for token in tokens if token not in before]
+    ids = tokenizer.convert_tokens_to_ids(new)
+    for token, id in zip(new, ids, strict=True):
+        if id in owner:
+            raise UserError(
+                f"the tokenizer gives {token} the id {id}, which {owner[id]!r} has: its vocabulary of {len(before)} tokens "
+                f"has a hole below its largest id {max(owner)}; fill the hole in tokenizer.json or use another base model"
+            )
+        owner[id] = token
+    return sorted(before.values()), ids
+
+
+def _means_by_token(rows: torch.Tensor, titles: list[list[int]], sids: list[list[int]]):
     """(token ids in use, for each the mean of its items' title means): (used,) and (used, hidden)."""
     offsets = torch.tensor([0, *map(len, titles[:-1])]).cumsum(0)
     flat = torch.tensor([token for title in titles for token in title])
-    title_mean = torch.nn.functional.embedding_bag(flat, old, offsets, mode="mean")  # (items, hidden)
+    title_mean = torch.nn.functional.embedding_bag(flat, rows, offsets, mode="mean")  # (items, hidden)
     carrier = torch.tensor([item for item, sid in enumerate(sids) for _ in sid])
     used, place = torch.tensor([token for sid in sids for token in sid]).unique(return_inverse=True)
-    sums = torch.zeros(len(used), old.shape[1]).index_add_(0, place, title_mean[carrier])
+    sums = torch.zeros(len(used), rows.shape[1]).index_add_(0, place, title_mean[carrier])
     return used, sums / place.bincount().unsqueeze(1)
 
 
-def _embedding_names(model) -> list[str]:
-    """The names, as PEFT takes them, of the modules that `_embedding_matrices` are the weights of."""
-    names = {id(module): name for name, module in model.named_modules()}
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    modules = [inputs] if inputs.weight is outputs.weight else [inputs, outputs]
-    return [names[id(module)].rsplit(".", 1)[-1] for module in modules]
+def require_sid_tokens(tokenizer, sids: Sequence[str]) -> None:
+    """Raise `UserError` unless each SID is its level tokens, alone and inside a prompt, and decodes to itself.
+
+    sids: distinct SIDs, as `Catalog.sids`.
+    """
+    levels = [[match.group() for match in SID_TOKEN.finditer(sid)] for sid in sids]
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in {token for sid in levels for token in sid}}
+    backend, known = tokenizer.backend_tokenizer, set(ids.values())
+    for form in ("{}", "Items:\n{} \nAnswer:\n"):
+        encoded = backend.encode_batch_fast([form.format(sid) for sid in sids], add_special_tokens=False)
+        for sid, tokens, found in zip(sids, levels, encoded, strict=True):
+            if [id for id in found.ids if id in known] != [ids[token] for token in tokens]:
+                raise UserError(
+                    f"the tokenizer splits {sid} in {form.format(sid)!r} into {backend.encode(form.format(sid)).tokens}, "
+                    f"expected the tokens {tokens}; add them with normalized=False or use another base model"
+                )
+    texts = backend.decode_batch([[ids[token] for token in tokens] for tokens in levels], skip_special_tokens=True)
+    for sid, text in zip(sids, texts, strict=True):
+        if canonical_sid(text) != sid:
+            raise UserError(
+                f"the tokenizer decodes the tokens of {sid} to {text!r}: they were added as special tokens or its decoder "
+                "drops them; add them as ordinary tokens (special=False)"
+            )

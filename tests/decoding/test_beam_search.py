@@ -1,64 +1,33 @@
+"""Beam search: lists and scores equal `transformers`' constrained search and plain Python loops, in both spaces.
+
+Every prompt gets min(beams, catalog) distinct, legal SIDs, whatever the prompt's last tokens, its padding, its batch and
+the model's generation config; a restricted trie decodes as one that was built from the subset.
+"""
+
 import importlib.util
 import itertools
-import math
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from helpers import QWEN_TOKENIZER
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CohereConfig,
-    Gemma2Config,
-    GPT2Config,
-    GraniteConfig,
-    LlamaConfig,
-    MambaConfig,
-    MistralConfig,
-    PhiConfig,
-    Qwen2Config,
-    Qwen3Config,
+from decoding.small_models import (
+    CONFIGS,
+    MIXED,
+    SMALL,
+    catalog_log_prob,
+    log_prob,
+    prompts_of,
+    random_model,
+    random_sids,
 )
+from helpers import QWEN_TOKENIZER
+from transformers import AutoTokenizer, Qwen2Config
 
 from minionerec.catalog.trie import Trie
 from minionerec.common.errors import UserError
-from minionerec.decoding import lm_head
-from minionerec.decoding.beam_search import Beams, beam_search, left_pad, length_batches, recommend, sample
-from minionerec.decoding.lm_head import LMHead, allowed_log_probs
-
-VOCABULARY = 160
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-CONFIGS = {
-    "qwen2": lambda: Qwen2Config(vocab_size=VOCABULARY, num_key_value_heads=2, **SMALL),
-    "qwen3": lambda: Qwen3Config(vocab_size=VOCABULARY, num_key_value_heads=2, head_dim=8, **SMALL),
-    "llama": lambda: LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=4, **SMALL),
-    "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0),
-}
-
-
-def random_model(config):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.3)
-    model.generation_config.pad_token_id = 0
-    return model
-
-
-def random_sids(n, seed=0):
-    rng = random.Random(seed)
-    return sorted({(10 + rng.randrange(20), 50 + rng.randrange(20), 90 + rng.randrange(20)) for _ in range(n)})
-
-
-def prompts_of(lengths):
-    return left_pad([[1 + (7 * i + length) % 9 for i in range(length)] for length in lengths], 0, "cpu")
+from minionerec.decoding.beam_search import beam_search, beam_searches, left_pad, length_batches, recommend, sample
 
 
 def transformers_beams(model, sids, ids, mask, beams, **kwargs):
@@ -168,8 +137,8 @@ def test_equals_transformers_on_a_catalog_smaller_than_the_beams():
 def test_mixed_depth_ended_by_a_token_beside_transformers(seed, num_beams):
     """SIDs of depth 1 to 3, each ended by token 0, as `transformers` wants it to know an end.
 
-    It finishes only candidates inside the best K of a step, and what it finishes takes a place; here ended beams wait
-    apart. So scores agree on every SID that both have, no place of ours is worse, and wide beams give one list.
+    It finishes only candidates among the best K of a step, and a finished beam uses a slot; here finished beams are stored
+    separately. So scores agree on every SID that both find, no place of ours is worse, and wide beams give the same list.
     """
     model, rng = random_model(CONFIGS["qwen2"]()), random.Random(seed)
     with torch.no_grad():
@@ -206,14 +175,6 @@ def test_mixed_depth_ended_by_a_token_beside_transformers(seed, num_beams):
         assert list(ours) == found
 
 
-def log_prob(model, prompt, sid, temperature=1.0):
-    """Sum of a SID's token log-probabilities after a prompt, by one plain forward."""
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt + list(sid)])).logits[0].float() / temperature
-    picked = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
-    return picked[range(len(sid)), list(sid)].sum().item()
-
-
 def test_wide_search_scores_every_sid_of_a_mixed_depth_catalog():
     model = random_model(CONFIGS["qwen2"]())
     sids = [(10, 50), (10, 51, 90), (10, 51, 91, 120), (11,), (12, 50, 90), (12, 50, 91)]
@@ -242,7 +203,7 @@ def test_returns_min_of_beams_and_catalog_distinct(num_beams):
 @pytest.mark.parametrize("num_beams", [3, 12])
 @pytest.mark.parametrize("space", ["vocab", "catalog"])
 def test_equals_a_plain_loop_on_mixed_depth(num_beams, seed, space):
-    """Beams in Python, a forward each; what ended waits apart and takes no running beam's place."""
+    """Beams in Python, one forward per beam; finished beams are stored separately and use no slot."""
     model = random_model(CONFIGS["qwen2"]())
     sids = sorted([(30 + i,) for i in range(9)] + [(40 + i, 50 + i) for i in range(9)] + random_sids(12, seed=3))
     with torch.no_grad():
@@ -266,7 +227,7 @@ def test_equals_a_plain_loop_on_mixed_depth(num_beams, seed, space):
     assert beams.score[0].tolist() == pytest.approx([score for score, _ in done], abs=1e-4)
 
 
-def test_generation_config_has_no_say():
+def test_the_generation_config_is_not_read():
     model, sids = random_model(CONFIGS["qwen2"]()), random_sids(60)
     ids, mask = prompts_of([4, 7])
     before = beam_search(model, Trie.build(sids), ids, mask, 8)
@@ -314,7 +275,7 @@ def test_broken_weights_are_an_error():
     model, sids = random_model(CONFIGS["qwen2"]()), random_sids(20)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         beam_search(model, Trie.build(sids), torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.long), 3)
 
 
@@ -331,6 +292,12 @@ def test_recommend_keeps_the_order_of_prompts_and_the_mode(policy):
         assert alone[1][0] == pytest.approx(scores, abs=1e-4)
 
 
+def test_recommend_of_no_prompts_is_empty(policy):
+    """As in a process that has no validation row."""
+    rows, scores = recommend(policy.model, policy.tokenizer, policy.catalog.trie(policy.tokenizer), [], 5, batch_size=3)
+    assert rows.shape == scores.shape == (0, 5)
+
+
 def test_every_prediction_is_in_the_catalog(policy):
     trie = policy.catalog.trie(policy.tokenizer)
     leaves, _ = recommend(policy.model, policy.tokenizer, trie, ["a", "b c"], 1000, batch_size=2)
@@ -338,23 +305,6 @@ def test_every_prediction_is_in_the_catalog(policy):
         assert sorted(row) == list(range(len(policy.catalog.sids)))
     legal = set(itertools.chain.from_iterable([policy.catalog.sids]))
     assert {policy.catalog.sids[i] for i in leaves.flatten()} == legal
-
-
-# ------------------------------------------------------------------------------------------------ catalog space
-
-
-def catalog_log_prob(model, prompt, sid, sids, temperature=1.0):
-    """A SID's log-probability renormalised, token by token, over what the SIDs allow: plain forwards, a Python set."""
-    total = 0.0
-    for depth in range(len(sid)):
-        allowed = sorted({other[depth] for other in sids if other[:depth] == sid[:depth] and len(other) > depth})
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([prompt + list(sid[:depth])])).logits[0, -1].float() / temperature
-        total += torch.log_softmax(logits[allowed], -1)[allowed.index(sid[depth])].item()
-    return total
-
-
-MIXED = [(10, 50), (10, 51, 90), (10, 51, 91, 120), (11,), (12, 50, 90), (12, 50, 91), (13, 10, 50)]
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -368,9 +318,6 @@ def test_catalog_space_normalises_over_what_the_trie_allows(architecture):
     assert beams.score[0].exp().sum().item() == pytest.approx(1.0, abs=1e-5)  # a distribution over the catalog
     for leaf, score in zip(beams.row[0].tolist(), beams.score[0].tolist(), strict=True):
         assert score == pytest.approx(catalog_log_prob(model, prompt, MIXED[leaf], MIXED, 0.8), abs=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------ restriction
 
 
 @pytest.mark.parametrize("space", ["vocab", "catalog"])
@@ -402,6 +349,26 @@ def test_a_restricted_trie_decodes_as_one_built_from_the_subset(space):
         sample(model, trie.restrict(nothing), ids, mask, 5, space=space)
 
 
+@pytest.mark.parametrize("space", ["vocab", "catalog"])
+def test_searches_of_several_tries_encode_the_prompts_once(space, monkeypatch):
+    model, sids = random_model(CONFIGS["qwen2"]()), random_sids(120)
+    trie, rng = Trie.build(sids), np.random.default_rng(1)
+    ids, mask = prompts_of([4, 9, 6])
+    tries = [trie, trie.restrict(torch.from_numpy(rng.random((3, len(sids))) < 0.3)), trie]
+    separate = [beam_search(model, each, ids, mask, 12, space=space) for each in tries]
+    plain, lengths = model.model.forward, []
+
+    def forward(*arguments, **named):
+        lengths.append(named["input_ids"].shape[1])
+        return plain(*arguments, **named)
+
+    monkeypatch.setattr(model.model, "forward", forward)
+    together = beam_searches(model, tries, ids, mask, 12, space=space)
+    assert lengths == [9] + [12, 12] * 3
+    for one, other in zip(separate, together, strict=True):
+        assert torch.equal(one.row, other.row) and torch.equal(one.score, other.score)
+
+
 def test_places_that_nothing_fills_name_no_sid():
     """One SID left of many: the other places are empty, also where dead beams stand above leaves of the first level."""
     model, sids = random_model(CONFIGS["qwen2"]()), [(20 + i,) for i in range(30)] + [(60, 90), (61, 90)]
@@ -416,124 +383,6 @@ def test_places_that_nothing_fills_name_no_sid():
         assert found.row.tolist() == [[kept] + [-1] * 27] * 2
 
 
-# ------------------------------------------------------------------------------------------------ which models
-
-
-@pytest.mark.parametrize("space", ["vocab", "catalog"])
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_padding_on_the_right_changes_nothing(architecture, space):
-    model, sids = random_model(CONFIGS[architecture]()), random_sids(60)
-    ids, mask = prompts_of([3, 8, 5])
-    left = beam_search(model, Trie.build(sids), ids, mask, 6, space=space)
-    rolled = [(-int(8 - n), row) for row, n in enumerate([3, 8, 5])]
-    right_ids = torch.stack([ids[row].roll(shift) for shift, row in rolled])
-    right_mask = torch.stack([mask[row].roll(shift) for shift, row in rolled])
-    right = beam_search(model, Trie.build(sids), right_ids, right_mask, 6, space=space)
-    assert right_mask[0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0] and torch.equal(left.row, right.row)
-    torch.testing.assert_close(left.score, right.score, atol=1e-4, rtol=0)
-
-
-HEADS = {
-    "gemma2": lambda: Gemma2Config(vocab_size=VOCABULARY, num_key_value_heads=2, head_dim=8, **SMALL),
-    "granite": lambda: GraniteConfig(vocab_size=VOCABULARY, num_key_value_heads=2, logits_scaling=3.0, **SMALL),
-    "cohere": lambda: CohereConfig(vocab_size=VOCABULARY, num_key_value_heads=2, logit_scale=0.25, **SMALL),
-    "phi": lambda: PhiConfig(vocab_size=VOCABULARY, num_key_value_heads=4, **SMALL),  # a bias in the LM head
-}
-
-
-@pytest.mark.parametrize("architecture", HEADS)
-def test_heads_that_scale_cap_or_add(architecture):
-    model = random_model(HEADS[architecture]())
-    if architecture == "phi":
-        torch.nn.init.normal_(model.lm_head.bias)
-    prompt = [3, 4, 5]
-    arguments = (model, Trie.build(MIXED), torch.tensor([prompt]), torch.ones(1, 3, dtype=torch.long), 9)
-    vocab, catalog = beam_search(*arguments), beam_search(*arguments, space="catalog")
-    for leaf, score in zip(vocab.row[0].tolist(), vocab.score[0].tolist(), strict=True):
-        assert score == pytest.approx(log_prob(model, prompt, MIXED[leaf]), abs=1e-4)
-    for leaf, score in zip(catalog.row[0].tolist(), catalog.score[0].tolist(), strict=True):
-        assert score == pytest.approx(catalog_log_prob(model, prompt, MIXED[leaf], MIXED), abs=1e-4)
-
-
-def test_architectures_that_cannot_decode_a_tree_are_refused():
-    arguments = (Trie.build(MIXED), torch.tensor([[3, 4]]), torch.ones(1, 2, dtype=torch.long), 3)
-    recurrent = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
-    with pytest.raises(UserError, match="MambaForCausalLM .*use a(nother| decoder)"):
-        beam_search(random_model(recurrent), *arguments)
-    window = MistralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, sliding_window=16, **SMALL)
-    model, (ids, mask) = random_model(window), prompts_of([12])
-    assert beam_search(model, *arguments).row.shape == (1, 3)  # a row of 2 + 3 * 3 tokens fits
-    with pytest.raises(UserError, match="18 tokens .*longer than the model's attention window of 16"):
-        beam_search(model, arguments[0], ids, mask, 3)
-    full = random_model(Qwen2Config(vocab_size=VOCABULARY, num_key_value_heads=2, sliding_window=16, **SMALL))
-    assert beam_search(full, arguments[0], ids, mask, 3).row.shape == (1, 3)
-    flash = random_model(CONFIGS["qwen2"]())
-    flash.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UserError, match="flash_attention_2, which takes no 4D mask"):
-        sample(flash, *arguments)
-    other = random_model(CONFIGS["llama"]())
-    other.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.5)  # not in the config
-    with pytest.raises(UserError, match="gives other logits for a tree"):
-        beam_search(other, *arguments)
-
-
-@pytest.mark.parametrize("outside", [False, True])
-def test_a_model_under_autocast_is_not_taken_for_another_architecture(outside):
-    model, (ids, mask) = random_model(CONFIGS["qwen2"]()), prompts_of([4, 7])
-    AcceleratorState._reset_state(reset_partial_state=True)
-    model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=outside):
-        assert beam_search(model, Trie.build(MIXED), ids, mask, 3).row.shape == (2, 3)
-
-
-@pytest.mark.parametrize("space", ["vocab", "catalog"])
-def test_bfloat16_is_legal_and_close(space):
-    model, sids = random_model(CONFIGS["qwen2"]()), random_sids(60)
-    ids, mask = prompts_of([4, 7])
-    trie = Trie.build(sids)
-    exact = beam_search(model, trie, ids, mask, 60, space=space)
-    rough = beam_search(model.bfloat16(), trie, ids, mask, 60, space=space)
-    assert rough.score.dtype == torch.float32
-    for row in range(2):
-        assert sorted(rough.row[row].tolist()) == list(range(len(sids)))
-        error = rough.score[row][rough.row[row].argsort()] - exact.score[row][exact.row[row].argsort()]
-        assert error.abs().mean() < 0.3  # scores spread over tens of nats
-
-
-def test_gradients_of_allowed_log_probs_equal_those_of_full_logits():
-    """Nodes of all levels at once, a leaf among them, in both spaces: values and gradients of hidden states and head."""
-    model, trie = random_model(CONFIGS["qwen2"]()), Trie.build(MIXED)
-    nodes = torch.arange(len(trie.leaf))
-    hidden = torch.randn(len(nodes), 32, generator=torch.Generator().manual_seed(0))
-    weight = model.get_output_embeddings().weight
-    allowed = trie.allowed(nodes)
-    for space in ("vocab", "catalog"):
-        gradients = []
-        for fast in (True, False):
-            state = hidden.clone().requires_grad_()
-            if fast:
-                found, _ = allowed_log_probs(LMHead.of(model), state, trie, nodes, space=space, temperature=0.7)
-            else:
-                logits = state @ weight.T / 0.7
-                picked = logits.gather(1, allowed.token).masked_fill(~allowed.mask, -1e30)
-                found = picked - (logits if space == "vocab" else picked).logsumexp(1, keepdim=True)
-            loss = found[allowed.mask].sin().sum()
-            gradients.append((loss, *torch.autograd.grad(loss, [state, weight])))
-        for one, other in zip(*gradients, strict=True):
-            assert one.isfinite().all()
-            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-
-
-def test_the_normalizer_in_blocks_equals_it_whole(monkeypatch):
-    model = random_model(CONFIGS["qwen2"]())
-    hidden = torch.randn(3, 2, 32)
-    whole = (hidden @ model.lm_head.weight.T / 0.7).logsumexp(-1, keepdim=True)
-    for block in (1, 6 * 7, 6 * VOCABULARY):
-        monkeypatch.setitem(lm_head.BLOCK, "cpu", block)
-        torch.testing.assert_close(LMHead.of(model).log_normalizer(hidden, 0.7), whole)
-
-
 def test_batches_keep_to_both_budgets():
     lengths = [5, 9, 2, 40, 9, 1, 3, 100, 7]
     batches = length_batches(lengths, batch_size=3, batch_tokens=30)
@@ -543,45 +392,3 @@ def test_batches_keep_to_both_budgets():
     for rows in batches:
         assert len(rows) <= 3 and (len(rows) * max(lengths[row] for row in rows) <= 30 or len(rows) == 1)
     assert len(length_batches(lengths, 100, 10**6)) == 1
-
-
-# ------------------------------------------------------------------------------------------------ sampling
-
-
-@pytest.mark.parametrize("space", ["vocab", "catalog"])
-def test_samples_follow_the_policy_over_the_catalog(space):
-    model = random_model(CONFIGS["qwen2"]())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.5 if parameter.ndim > 1 else 1.0)
-    ids, mask = prompts_of([3, 5])
-    trie, generator = Trie.build(MIXED), torch.Generator().manual_seed(0)
-    parts = [sample(model, trie, ids, mask, 250, temperature=1.3, space=space, generator=generator) for _ in range(12)]
-    drawn = Beams(*(torch.cat(values, dim=1) for values in zip(*parts, strict=True)))
-    n = drawn.row.shape[1]
-    for row, prompt in enumerate((ids[0, 2:].tolist(), ids[1].tolist())):
-        share = torch.bincount(drawn.row[row], minlength=len(MIXED)) / n
-        for leaf, sid in enumerate(MIXED):
-            policy = catalog_log_prob(model, prompt, sid, MIXED, 1.3)
-            score = policy if space == "catalog" else log_prob(model, prompt, sid, 1.3)
-            assert share[leaf].item() == pytest.approx(math.exp(policy), abs=0.04)
-            for found in drawn.score[row][drawn.row[row] == leaf][:3].tolist():
-                assert found == pytest.approx(score, abs=1e-4)
-
-
-def test_samples_repeat_by_seed_and_keep_to_the_nucleus():
-    model = random_model(CONFIGS["llama"]())
-    ids, mask = prompts_of([3, 5])
-    trie = Trie.build(MIXED)
-    one, again, other = (
-        sample(model, trie, ids, mask, 50, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-    )
-    assert torch.equal(one.row, again.row) and not torch.equal(one.row, other.row)
-    greedy = sample(model, trie, ids, mask, 20, top_p=1e-6)
-    for row, prompt in enumerate((ids[0, 2:].tolist(), ids[1].tolist())):
-        prefix = ()
-        while prefix not in MIXED:  # the likeliest token at each step
-            following = sorted({sid[: len(prefix) + 1] for sid in MIXED if sid[: len(prefix)] == prefix})
-            logits = model(input_ids=torch.tensor([prompt + list(prefix)])).logits[0, -1]
-            prefix = max(following, key=lambda longer, logits=logits: logits[longer[-1]].item())
-        assert {MIXED[leaf] for leaf in greedy.row[row].tolist()} == {prefix}

@@ -1,0 +1,87 @@
+"""Several processes started by torchrun or accelerate: the error line once, with exit code 2.
+
+Invariants: an error that every process finds is printed once, without a traceback; errors that differ are all printed;
+a defect keeps its traceback and exit code 1; a stop signal ends with 128 + its number.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT
+
+SCRIPT = """
+import os, sys, time
+from dataclasses import dataclass
+from minionerec.common.errors import UserError
+from minionerec.common.options import StageOptions, option, run
+
+@dataclass
+class Options(StageOptions):
+    kind: str = option("", "how to end")
+
+def main(options):
+    if options.kind == "all":
+        raise UserError("wrong")
+    if options.kind == "first" and os.environ["RANK"] == "0":
+        raise UserError("wrong")
+    if options.kind == "defect":
+        raise KeyError("defect")
+    if options.kind in ("first", "sleep"):
+        print("started", flush=True)
+        time.sleep(100)
+    print(os.environ["WORLD_SIZE"])
+
+run(main, Options)
+"""
+TOOLS = {
+    "torchrun": ["torchrun", "--standalone", "--nproc_per_node", "2"],
+    "accelerate": [
+        "accelerate",
+        "--config_file",
+        "config/cpu.yaml",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ],
+}
+
+
+def start(tool, tmp_path, kind):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return subprocess.Popen(
+        [sys.executable, "-m", "minionerec.common.launch", *TOOLS[tool], str(tmp_path / "script.py"), "--kind", kind],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("kind", ["", "all", "first", "defect"])
+def test_errors_of_two_processes(tmp_path, tool, kind):
+    process = start(tool, tmp_path, kind)
+    output, errors = process.communicate(timeout=120)
+    if kind == "":
+        assert process.returncode == 0 and output.split() == ["2", "2"]
+    elif kind == "defect":
+        assert process.returncode == 1 and "KeyError: 'defect'" in errors and "Traceback" in errors
+    else:
+        assert process.returncode == 2 and errors == "error: wrong\n"
+
+
+@pytest.mark.distributed
+def test_a_stop_signal(tmp_path):
+    process = start("torchrun", tmp_path, "sleep")
+    assert process.stdout.readline() == "started\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors

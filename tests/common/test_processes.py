@@ -1,0 +1,122 @@
+"""One process among several: one error line, and an end that cannot abort.
+
+Invariants: an error is one line, printed here or left for the launcher; a function of the main process runs once and
+its result or error reaches every process; a process of a group exits with `os._exit` after its exit handlers.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from minionerec.common.processes import ERRORS, leave_group, on_main_process, report_error
+
+
+def test_an_error_is_one_line(capsys, monkeypatch):
+    monkeypatch.delenv(ERRORS, raising=False)
+    report_error("x.csv, row 3:\n  found\t'a'")
+    assert capsys.readouterr().err == "error: x.csv, row 3: found 'a'\n"
+
+
+def test_under_a_launcher_the_line_is_left_for_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv(ERRORS, str(tmp_path))
+    monkeypatch.setenv("RANK", "1")
+    report_error("wrong")
+    assert capsys.readouterr().err == "" and (tmp_path / "1").read_text() == "error: wrong"
+
+
+def test_one_process_calls_the_function_itself():
+    assert on_main_process(lambda: 3) == 3
+    leave_group(2)  # returns: no process group
+
+
+SEVERAL = """
+import os, sys
+import torch.distributed
+from minionerec.common.errors import UserError
+from minionerec.common.processes import on_main_process
+
+rank, kind = int(sys.argv[1]), sys.argv[2]
+os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[3]}
+from accelerate import PartialState
+PartialState(cpu=True)
+
+def function():
+    print("called")
+    if kind == "user":
+        raise UserError("wrong")
+    if kind == "system":
+        open("/nowhere/x")
+    return rank
+
+try:
+    print("result", on_main_process(function))
+except Exception as error:
+    print(type(error).__name__, error)
+torch.distributed.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "kind, line",
+    [
+        ("none", "result 0"),
+        ("user", "UserError wrong"),
+        ("system", "FileNotFoundError [Errno 2] No such file or directory: '/nowhere/x'"),
+    ],
+)
+def test_the_main_process_works_for_all(kind, line, free_port):
+    command = [sys.executable, "-c", SEVERAL]
+    started = [
+        subprocess.Popen([*command, rank, kind, free_port], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    output = [process.communicate(timeout=120)[0].splitlines() for process in started]
+    assert output == [["called", line], [line]]
+
+
+ONE_OF_SEVERAL = """
+import atexit, os, sys
+import torch.distributed
+from dataclasses import dataclass
+from minionerec.common.errors import UserError
+from minionerec.common.options import StageOptions, option, run
+
+class Aborts:
+    def __del__(self, abort=os.abort):  # as a gloo thread does that frees a tensor while the interpreter shuts down
+        abort()
+
+@dataclass
+class Options(StageOptions):
+    wrong: bool = option(False, "raise an error")
+
+def main(options):
+    sys.aborts = Aborts()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{os.environ['STORE']}", rank=0, world_size=1)
+    atexit.register(print, "tracker finished")
+    print("result")
+    if options.wrong:
+        raise UserError("wrong")
+
+run(main, Options)
+"""
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_process_of_a_group_ends_without_interpreter_shutdown(tmp_path, wrong):
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_OF_SEVERAL, "--wrong", str(wrong)],
+        env=os.environ | {"STORE": str(tmp_path / "store")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == (2 if wrong else 0), done.stderr
+    assert done.stdout.split("\n") == ["result", "tracker finished", ""]
+    assert done.stderr.endswith("error: wrong\n" if wrong else "")

@@ -1,0 +1,394 @@
+"""The documentation agrees with the code.
+
+- Every command in README.md, CONTRIBUTING.md, RESULTS.md and docs/ names a script that exists, options and variables
+  that it has, and values that it accepts (`docs/log.md` quotes commands of earlier commits and is left out).
+- Commands on the quickstart's files run (slow: on a small data set in their place).
+- The README has at most 120 lines, its tree is the disk's, its results are those of RESULTS.md.
+- Links lead to files and headings that exist; paths in code spans exist.
+- The log is in order of time, and each heading has a verdict.
+"""
+
+import csv
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+from minionerec.common.errors import UserError
+from minionerec.common.options import arguments_from_variables, parse
+
+README, RESULTS, LOG = ROOT / "README.md", ROOT / "RESULTS.md", ROOT / "docs" / "log.md"
+PAGES = [README, RESULTS, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CURRENT = [page for page in PAGES if page != LOG]
+ROOMS = ("minionerec", "rq", "preprocess", "benchmarks", "config", "shell", "tests", "docs", "results")
+SHELL_WORDS = {
+    "source",
+    "cd",
+    "export",
+    "echo",
+    "cat",
+    "cp",
+    "mkdir",
+    "ls",
+    "pip",
+    "git",
+    "ruff",
+    "pytest",
+    "pre-commit",
+}
+OTHER_FLAGS = {"--help", "--debug", "--no-deps", "--standalone", "--config_file"}  # not options of one script
+OTHER_VARIABLES = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE", "WANDB_MODE"}
+VARIABLE = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)", re.S)
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def fenced(page: Path, language: str = "bash") -> list[str]:
+    """The contents of a page's fenced blocks in `language`."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def code_spans(page: Path) -> list[str]:
+    """The inline code spans of a page, line breaks as blanks."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)]
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+@functools.cache
+def options_of(script: str):
+    """The options dataclass of `sft.py` or `rq.rqvae`; None for a module that is not this project's."""
+    module = script.removesuffix(".py")
+    if not (ROOT / module.replace(".", "/")).with_suffix(".py").exists():
+        assert module.split(".")[0] not in ROOMS and not script.endswith(".py"), f"{script} does not exist"
+        return None
+    return getattr(importlib.import_module(module), "Options", None)
+
+
+def names_of(options) -> set[str]:
+    """The flags of an options dataclass, aliases included, with their dashes."""
+    flags = set()
+    for field in dataclasses.fields(options):
+        flags |= {f"--{field.name}", *field.metadata.get("aliases", ())}
+    return flags | OTHER_FLAGS
+
+
+def script_of(launcher: str) -> str | None:
+    """The script that a launcher starts; None for run.sh and test.sh, which start none or several."""
+    found = re.search(r'^\s*(?:exec )?launch \S+ (\S+) .*"\$@"', (ROOT / launcher).read_text(encoding="utf-8"), re.M)
+    return found and found[1]
+
+
+@functools.cache
+def shell_words() -> frozenset[str]:
+    """Every word of the launchers and of shell/: the variables that they know are among them."""
+    files = [*ROOT.glob("*.sh"), *ROOT.glob("rq/**/*.sh"), *ROOT.glob("shell/*.sh")]
+    return frozenset(word for file in files for word in re.findall(r"\w+", file.read_text(encoding="utf-8")))
+
+
+@functools.cache
+def all_flags() -> frozenset[str]:
+    """The flags of every script that has options."""
+    files = [
+        *ROOT.glob("*.py"),
+        *(f for room in ("minionerec", "rq", "preprocess", "benchmarks") for f in (ROOT / room).rglob("*.py")),
+    ]
+    scripts = [file for file in files if re.search(r"^    run\(main", file.read_text(encoding="utf-8"), re.M)]
+    modules = [str(file.relative_to(ROOT).with_suffix("")).replace("/", ".") for file in scripts]
+    return frozenset(flag for module in modules if options_of(module) for flag in names_of(options_of(module)))
+
+
+def simple_commands(text: str) -> list[list[str]]:
+    """The words of each command of a shell text, split at pipes, `&&` and line ends; comments left out."""
+    commands = []
+    for line in text.replace("\\\n", " ").splitlines():
+        words: list[str] = []
+        for word in [*shlex.split(line, comments=True), "&&"]:
+            if word in ("|", "&&", "&", ";") or word.startswith((">", "2>", "<(")):
+                commands.append(words)
+                words = []
+            else:
+                words.append(word)
+    return [command for command in commands if command]
+
+
+def is_placeholder(value: str) -> bool:
+    return bool(re.search(r"[…$<>]", value)) or value == "..."
+
+
+def check_options(options, variables: dict[str, str], words: list[str]) -> None:
+    """Raise where `words` hold an unknown flag, or a value of them or of `variables` is refused."""
+    known, arguments, group = names_of(options), [], []
+    words = [word for word in words if word not in ("--debug", "…", "...")]
+    while words and not words[0].startswith("--"):
+        words.pop(0)  # files that a script takes without a flag
+    for word in [*words, "--"]:
+        if word.startswith("--"):
+            if not any(is_placeholder(part) for part in group):
+                arguments += group
+            group = [word]
+            flag = word.split("=")[0]
+            assert flag in known | {"--"}, f"no option {flag}"
+        else:
+            group.append(word)
+    if "--help" in arguments:
+        return
+    given = {name: value for name, value in variables.items() if not is_placeholder(value)}
+    parse(options, [*arguments_from_variables(options, given), *arguments])
+
+
+def check_command(words: list[str]) -> None:
+    """Raise, saying why, where a command could not start."""
+    variables = {}
+    while words and (assignment := VARIABLE.fullmatch(words[0])):
+        variables[assignment[1]] = assignment[2]
+        words = words[1:]
+    if not words or words[0] in SHELL_WORDS or words[0].startswith(("#", ".venv")):
+        return
+    assert words[0] in ("bash", "python"), f"unknown command {words[0]}"
+    if words[0] == "python":
+        script, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+        if options := options_of(script):
+            check_options(options, {}, rest)
+        return
+    launcher, rest = words[1], words[2:]
+    assert (ROOT / launcher).exists(), f"{launcher} does not exist"
+    script = script_of(launcher)
+    options = script and options_of(script)
+    known = set(shell_words())
+    if options:
+        known |= {flag.lstrip("-").upper() for flag in names_of(options)}
+        check_options(options, variables, rest)
+    elif variables:  # run.sh passes variables on to every stage
+        known |= {flag.lstrip("-").upper() for flag in all_flags()}
+    unknown = set(variables) - known - OTHER_VARIABLES
+    assert not unknown, f"{launcher} does not use {sorted(unknown)}"
+
+
+def documented_commands(page: Path) -> list[str]:
+    spans = [span for span in code_spans(page) if re.match(r"([A-Z_0-9]+=\S* )*(bash|python) \S+", span)]
+    return [*fenced(page), *spans]
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name_of)
+def test_every_command_could_start(page):
+    wrong = []
+    for text in documented_commands(page):
+        for words in simple_commands(text):
+            try:
+                check_command(words)
+            except (AssertionError, UserError, ImportError) as error:
+                wrong.append(f"{' '.join(words)[:150]}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name_of)
+def test_every_flag_and_variable_in_a_code_span_exists(page):
+    spans = [span for span in code_spans(page) if not re.match(r"(bash|python|pip|torchrun|accelerate|git) ", span)]
+    flags = {flag for span in spans for flag in re.findall(r"^--[A-Za-z]\w+", span)}
+    assert not flags - all_flags() - OTHER_FLAGS
+    variables = {VARIABLE.match(word)[1] for span in spans for word in span.split() if VARIABLE.match(word)}
+    upper = {flag.lstrip("-").upper() for flag in all_flags()}
+    assert not variables - upper - shell_words() - OTHER_VARIABLES
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("python no_such_script.py", "does not exist"),
+        ("python -m benchmarks.no_such_module --json", "does not exist"),
+        ("bash no_such_launcher.sh", "does not exist"),
+        ("python sasrec.py --no_such_option 1", "no option --no_such_option"),
+        ("python sasrec.py --epochs many", "invalid int value"),
+        ("python sasrec.py --model best", "expected one of"),
+        ("EPOCHS=none bash sasrec.sh", "invalid int value"),
+        ("NO_SUCH_VARIABLE=1 bash sasrec.sh", "does not use"),
+        ("NO_SUCH_VARIABLE=1 bash run.sh", "does not use"),
+        ("MODEL=markov \\\n    bash sasrec.sh --bad 1 # why", "no option --bad"),
+        ("frobnicate", "unknown command"),
+    ],
+)
+def test_a_command_that_cannot_start_is_found(command, reason):
+    with pytest.raises((AssertionError, UserError), match=re.escape(reason)):
+        for words in simple_commands(command):
+            check_command(words)
+
+
+# ------------------------------------------------------------------------------------------------ commands that run
+
+
+RUNNABLE = {
+    "evaluate.sh",
+    "sasrec.sh",
+    "sft.sh",
+    "rl.sh",
+    "convert_dataset.sh",
+    "recommend.py",
+    "sasrec.py",
+    "evaluate.py",
+}
+
+
+def runnable_blocks() -> list:
+    """The bash blocks that read only the quickstart's files and start only the stages of `RUNNABLE`."""
+    blocks = []
+    for page in CURRENT:
+        for number, block in enumerate(fenced(page)):
+            commands = simple_commands(block)
+            started = [w for words in commands for w in words if w.endswith((".sh", ".py"))]
+            if started and set(started) <= RUNNABLE and not re.search(r"…|<\w|NNODES|my_", block):
+                blocks.append(pytest.param(block, id=f"{name_of(page)}-{number}"))
+    return blocks
+
+
+@pytest.fixture(scope="module")
+def quickstart(world, base_model, checkpoint_folder, tmp_path_factory):
+    """A folder `output` like the one that run.sh leaves, with the small data set in place of MovieLens-100K."""
+    output = tmp_path_factory.mktemp("documented") / "output"
+    data = output / "quickstart" / "data"
+    shutil.copytree(world.folder, data)
+    for path in sorted(data.rglob("toy*"), reverse=True):
+        path.rename(path.with_name(path.name.replace("toy", "ml-100k")))
+    for name, folder in (("base", base_model), ("sft", checkpoint_folder), ("rl", checkpoint_folder)):
+        shutil.copytree(folder, output / "quickstart" / name)
+    items = json.loads((data / "ml-100k.item.json").read_text())
+    for item, title in zip(items.values(), ("Star Wars (1977)", "Alien (1979)", "Blade Runner (1982)"), strict=False):
+        item["title"] = title
+    (data / "ml-100k.item.json").write_text(json.dumps(items))
+    run_block(f"DATASET_NAME=ml-100k DATA_DIR={data} OUTPUT_DIR={data} bash convert_dataset.sh --overwrite True")
+    for model in ("sasrec", "gru4rec"):
+        files = (
+            f"TRAIN_FILE={data}/train/ml-100k.csv VALID_FILE={data}/valid/ml-100k.csv TEST_FILE={data}/test/ml-100k.csv"
+        )
+        run_block(
+            f"MODEL={model} {files} INFO_FILE={data}/info/ml-100k.txt OUTPUT_DIR={output}/quickstart/{model} bash sasrec.sh"
+        )
+    return output
+
+
+def run_block(block: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = "set -e\n" + "\n".join(line for line in block.splitlines() if ".venv/bin/activate" not in line)
+    return subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", runnable_blocks())
+def test_documented_commands_run(block, quickstart):
+    done = run_block(re.sub(r"(?<![\w/])output(?=/)", str(quickstart), block))
+    assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+# ------------------------------------------------------------------------------------------------ the README
+
+
+def on_disk(folder: Path) -> set[str]:
+    """Names in `folder` that belong to the project: not hidden, not ignored by git."""
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().split()}
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name not in ignored}
+
+
+def test_readme_has_at_most_120_lines():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_readme_tree_is_the_disk():
+    [tree] = fenced(README, "text")
+    entries: dict[str, set[str]] = {}
+    folder = ""
+    for line in tree.splitlines():
+        name, *description = line.split()
+        assert description, f"{name} has no description"
+        if line.startswith(" "):
+            entries[folder].add(name.rstrip("/"))
+        else:
+            folder = name.rstrip("/")
+            assert folder not in entries, f"{folder} is listed twice"
+            entries[folder] = set()
+    assert set(entries) == on_disk(ROOT)
+    assert entries["minionerec"] == {name for name in on_disk(ROOT / "minionerec") if name != "__init__.py"}
+
+
+def table_under(page: Path, heading: str) -> dict[str, list[str]]:
+    """The first table after a heading: first cell -> the other cells."""
+    text = page.read_text(encoding="utf-8").split(f"\n## {heading}", 1)[1]
+    lines = re.search(r"(?:^\|.*\n)+", text, re.M)[0].splitlines()
+    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in rows if not set(row[0]) <= set("-: ")}
+
+
+def test_readme_results_are_those_of_results():
+    assert table_under(README, "Results") == table_under(RESULTS, "Quickstart")
+
+
+def test_quickstart_table_is_in_the_raw_results():
+    with open(ROOT / "results" / "run_sh.csv", newline="") as f:
+        rows = [row for row in csv.DictReader(f) if row["data"] == "MovieLens-100K"]
+    newest = max(row["date"] for row in rows)
+    table = table_under(RESULTS, "Quickstart")
+    metrics = table.pop("model")
+    assert table == {row["model"]: [row[name] for name in metrics] for row in rows if row["date"] == newest}
+
+
+# ------------------------------------------------------------------------------------------------ links and paths
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=name_of)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    broken = []
+    for link in links:
+        if re.match(r"https?:|mailto:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path) if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name_of)
+def test_paths_in_code_spans_exist(page):
+    named = [span for span in code_spans(page) if re.fullmatch(r"[\w\-]+(/[\w\-.]+)+/?", span)]
+    ours = [path for path in named if path.split("/")[0] in ROOMS]
+    assert not [path for path in ours if not (ROOT / path).exists()]
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert not [page.name for page in (ROOT / "docs").glob("*.md") if page.stem != "index" and page.name not in index]
+
+
+# ------------------------------------------------------------------------------------------------ the log
+
+
+def test_log_is_newest_first_with_verdicts():
+    headings = re.findall(r"^## (.*)$", LOG.read_text(encoding="utf-8"), re.M)
+    assert headings and all(re.match(r"\d{4}-\d\d-\d\d: ", heading) for heading in headings)
+    dates = [heading[:10] for heading in headings]
+    assert dates == sorted(dates, reverse=True)
+    assert not [heading for heading in headings if not re.search(r"– .*(positive|negative|neutral)", heading)]
