@@ -9,8 +9,9 @@
 - sasrec, gru4rec, caser: minionerec/baselines/models.py has the models, their losses and their departures from the
   papers. They are trained with AdamW and ranked over the whole catalog, not against 100 sampled negatives.
 
-Every model ranks all items of the catalog, including those of the history. `output_dir` gets `metrics.json`, and for
-trained models `model.safetensors` and `config.json`, which `load_checkpoint` reads. Hyper-parameters are chosen on valid
+Every model ranks the whole catalog, once with all items and once without those that the user already has
+(minionerec/evaluation/protocols.py). `output_dir` gets `metrics.json`, `ranks.npz`, and the model as `model.safetensors`
+and `config.json`, which `load_checkpoint` reads. Hyper-parameters are chosen on valid
 only (benchmarks/baselines.py); test is scored once, with the epoch that was best on valid.
 """
 
@@ -20,10 +21,12 @@ from pathlib import Path
 
 from minionerec.baselines.options import TRAINED, BaselineOptions
 from minionerec.common import runs
+from minionerec.common.errors import UserError
 from minionerec.common.files import read_json, write_json
 from minionerec.common.options import INPUT, OUTPUT, option, run
 
-METRICS = "metrics.json"
+METRICS, RANKS = "metrics.json", "ranks.npz"
+FILES = [METRICS, RANKS, "model.safetensors", "config.json"]
 FLAGS = {"valid": "valid_file", "test": "test_file"}
 
 
@@ -33,56 +36,71 @@ class Options(BaselineOptions):
     valid_file: str = option("", "valid CSV: chooses the epoch", role=INPUT)
     test_file: str = option("", "test CSV: scored once", role=INPUT)
     info_file: str = option("", "the catalog: sid, title, item id per line", role=INPUT)
+    item_features: str = option(
+        "", "trained models: .npy of item vectors (items, dim) that replace item ids, frozen", role=INPUT
+    )
     output_dir: str = option("", "folder for metrics.json and a trained model's checkpoint", role=OUTPUT)
 
 
-def build_scorer(options: Options, data):
+def read(options: Options):
+    """(the data set, the headline protocol); histories are windows of `max_history` items, `seen` is the whole list."""
+    from data import load
+    from minionerec.evaluation.protocols import headline
+
+    files = {"train": options.train_file, "valid": options.valid_file, "test": options.test_file}
+    data = load(info_file=options.info_file, **files, max_history=options.max_history, flags=FLAGS)
+    return data, headline(data.train)
+
+
+def build_scorer(options: Options, data, protocol: str):
     """The function from histories to scores: counted, or trained, saved and read back."""
     from minionerec.baselines import counts, training
     from minionerec.baselines.models import load_checkpoint
     from minionerec.common.devices import pick_device
+    from minionerec.common.embeddings import load_embeddings
 
-    if options.model not in TRAINED:
-        return getattr(counts, options.model)(data.train, data.catalog.n_items)
-    training.fit(options, data.train, data.valid, data.catalog).model.save(options.output_dir)
+    if options.model in TRAINED:
+        features = load_embeddings(options.item_features, "item_features") if options.item_features else None
+        if features is not None and len(features) != data.catalog.n_items:
+            raise UserError(
+                f"{options.item_features}: {len(features)} rows, expected the {data.catalog.n_items} items of "
+                f"{options.info_file}; check --item_features"
+            )
+        fitted = training.fit(options, data.train, data.valid, data.catalog, protocol=protocol, features=features)
+        fitted.model.save(options.output_dir)
+    else:
+        counts.save(options.output_dir, options.model, data.train, data.catalog.n_items)
     model = load_checkpoint(options.output_dir, "output_dir", data.catalog.n_items)  # score what was saved
     return training.scorer(model.to(pick_device(options.device)))
 
 
 def show(result: dict) -> None:
-    """Print valid and test by item, and test by SID."""
+    """Print the headline protocol of valid and test, by item, and test by SID."""
     from minionerec.evaluation.metrics import format_table
 
-    rows = {"valid, by item": result["valid"], "test, by item": result["item"], "test, by SID": result["sid"]}
-    print(f"{result['model']}\n{format_table(rows, (5, 10, 20))}")
+    name = result["headline"]
+    test = result if name == "all" else result["unseen"]
+    rows = {"valid, by item": result["valid"], "test, by item": test["item"], "test, by SID": test["sid"]}
+    print(f"{result['model']}, {name} items\n{format_table(rows, (5, 10, 20))}")
 
 
 def main(options: Options) -> None:
     options.require("train_file", "valid_file", "test_file", "info_file", "output_dir")
     path = Path(options.output_dir) / METRICS
-    record = runs.begin(
-        options, "baseline", folder=options.output_dir, writes=[METRICS, "model.safetensors", "config.json"]
-    )
+    record = runs.begin(options, "baseline", folder=options.output_dir, writes=FILES)
     if record.complete:
         return show(read_json(path, "output_dir"))
 
-    from data import load
-    from minionerec.baselines.training import item_and_sid_ranks
-    from minionerec.evaluation.metrics import CUTOFFS, bootstrap, table
+    from minionerec.baselines.training import ranks
+    from minionerec.evaluation import protocols
+    from minionerec.evaluation.metrics import table
 
-    data = load(
-        info_file=options.info_file,
-        train=options.train_file,
-        valid=options.valid_file,
-        test=options.test_file,
-        max_history=options.max_history,
-        flags=FLAGS,
-    )
-    score = build_scorer(options, data)
-    valid_ranks, _ = item_and_sid_ranks(score, data.valid, data.catalog)
-    item_ranks, sid_ranks = item_and_sid_ranks(score, data.test, data.catalog)
-    result = {"model": options.model, "item": table(item_ranks), "sid": table(sid_ranks)}
-    result |= {"intervals": bootstrap(item_ranks, options.seed, CUTOFFS), "valid": table(valid_ranks)}
+    data, headline = read(options)
+    score = build_scorer(options, data, headline)
+    test = ranks(score, data.test, data.catalog)
+    protocols.write_ranks(Path(options.output_dir) / RANKS, test)
+    result = {"model": options.model} | protocols.report(test, data.test, data.train, data.catalog, options.seed)
+    result["valid"] = table(ranks(score, data.valid, data.catalog, [headline])[headline].item)
     write_json(path, result)
     record.finish()
     show(result)

@@ -1,29 +1,88 @@
-"""Baselines that only count: popularity and a first-order Markov chain."""
+"""Baselines that only count: popularity and a first-order Markov chain, as models with scores for any history."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import polars as pl
-from scipy.sparse import csr_array
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import nn
 
-from minionerec.baselines.training import Scorer
 from minionerec.catalog.catalog import target_counts
+from minionerec.common.files import atomic_file, write_json
 
 
-def popularity(train: pl.DataFrame, n_items: int) -> Scorer:
-    """Scores every item by how often it is a target in train, whatever the history."""
-    counts = np.array(target_counts(train, n_items), dtype=np.float64)
-    return lambda histories: np.tile(counts, (len(histories), 1))
+class Popularity(nn.Module):
+    """Scores an item by the logarithm of its share of train's targets (add-one), the same after every history."""
+
+    name = "popularity"
+
+    def __init__(self, *, n_items: int, **_):
+        super().__init__()
+        self.n_items = n_items
+        self.register_buffer("counts", torch.zeros(n_items, dtype=torch.float64))
+
+    def log_shares(self) -> torch.Tensor:
+        """(items,) nats."""
+        counts = self.counts + 1
+        return (counts / counts.sum()).log()
+
+    @torch.no_grad()
+    def scores(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
+        """(rows, items) log-probabilities in nats."""
+        return self.log_shares().expand(len(histories), -1).clone()
 
 
-def markov(train: pl.DataFrame, n_items: int) -> Scorer:
-    """Scores an item by how often train goes to it from the history's last item; equal counts by popularity."""
-    counts = np.array(target_counts(train, n_items), dtype=np.float64)
+class Markov(Popularity):
+    """Scores an item by how often train goes to it from the last item of the history; ties rank by popularity.
 
-    def last_items(histories: Sequence[Sequence[int]]) -> list[int]:
-        return [history[-1] if len(history) else n_items for history in histories]  # row n_items has no transition
+        p(j | i) = (c_ij + p(j)) / (c_i + 1)      c_ij: transitions i -> j in train; c_i: from i; p: popularity's shares
 
-    places = (last_items(train["history"].to_list()), train["target"].to_numpy())
-    transitions = csr_array((np.ones(len(train)), places), shape=(n_items + 1, n_items))  # equal places add up
-    # One transition outweighs any popularity. Integers below 2^53 are exact in float64.
-    return lambda histories: transitions[last_items(histories)].toarray() * (len(train) + 1) + counts
+    Without a last item, or without a transition from it, that is popularity.
+    """
+
+    name = "markov"
+
+    def __init__(self, *, n_items: int, n_transitions: int):
+        super().__init__(n_items=n_items)
+        self.register_buffer("pairs", torch.zeros(2, n_transitions, dtype=torch.long))  # from, to
+        self.register_buffer("times", torch.zeros(n_transitions, dtype=torch.float64))
+
+    @torch.no_grad()
+    def scores(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
+        """(rows, items) log-probabilities in nats."""
+        last = torch.tensor([history[-1] if len(history) else self.n_items for history in histories])
+        start = torch.searchsorted(self.pairs[0], last)  # pairs are sorted
+        ends = torch.searchsorted(self.pairs[0], last, right=True)
+        values = self.log_shares().exp().expand(len(histories), -1).clone()
+        row = torch.repeat_interleave(torch.arange(len(last)), ends - start)
+        within = torch.arange(len(row)) - torch.repeat_interleave(
+            (ends - start).cumsum(0) - (ends - start), ends - start
+        )
+        entry = start[row] + within
+        values[row, self.pairs[1, entry]] += self.times[entry]
+        return (values / values.sum(dim=1, keepdim=True)).log()
+
+
+MODELS = {model.name: model for model in (Popularity, Markov)}
+
+
+def save(folder: str | Path, name: str, train: pl.DataFrame, n_items: int) -> None:
+    """Count train and write `model.safetensors` and `config.json`, each atomically."""
+    tensors = {"counts": torch.tensor(target_counts(train, n_items), dtype=torch.float64)}
+    config = {"model_type": name, "n_items": n_items}
+    if name == Markov.name:
+        pairs = (
+            train.select(last=pl.col("history").list.last(), target="target")
+            .drop_nulls()
+            .group_by("last", "target")
+            .len()
+            .sort("last", "target")
+        )
+        config["n_transitions"] = len(pairs)
+        tensors["pairs"] = torch.from_numpy(np.stack([pairs["last"].to_numpy(), pairs["target"].to_numpy()]))
+        tensors["times"] = torch.from_numpy(pairs["len"].to_numpy().astype(np.float64))
+    with atomic_file(Path(folder) / "model.safetensors", "wb") as f:
+        f.write(to_safetensors(tensors))
+    write_json(Path(folder) / "config.json", config)

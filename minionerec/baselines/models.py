@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
+from minionerec.baselines import counts
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file, read_json, require_file, write_json
 
@@ -281,6 +282,7 @@ class Caser(SequentialModel):
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 MODELS: dict[str, type[SequentialModel]] = {model.name: model for model in (SASRec, GRU4Rec, Caser)}
+LOADABLE = MODELS | counts.MODELS
 
 
 def load_checkpoint(folder: str | Path, flag: str = "baseline_path", n_items: int | None = None) -> SequentialModel:
@@ -292,7 +294,7 @@ def load_checkpoint(folder: str | Path, flag: str = "baseline_path", n_items: in
     weights = require_file(require_file(folder, flag) / "model.safetensors", flag)
     config = read_json(Path(folder) / "config.json", flag)
     try:
-        kind = MODELS[config.pop("model_type", None)]
+        kind = LOADABLE[config.pop("model_type", None)]
         model = kind(**config)
         model.load_state_dict(load_file(weights))
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:

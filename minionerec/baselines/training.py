@@ -21,7 +21,8 @@ from minionerec.catalog.catalog import Catalog, target_counts
 from minionerec.catalog.windows import chain, windows
 from minionerec.common.devices import pick_device
 from minionerec.common.errors import UserError
-from minionerec.evaluation.metrics import ranks_of_scores, table
+from minionerec.evaluation.metrics import table
+from minionerec.evaluation.protocols import PROTOCOLS, Ranks, joined, of_scores
 
 MAX_GRADIENT_NORM = 5.0
 ROWS_AT_ONCE = 1024  # rows scored at a time: scores are (rows, items)
@@ -83,12 +84,12 @@ def fit(
     valid: pl.DataFrame,
     catalog: Catalog,
     *,
-    exclude_seen: bool = False,
+    protocol: str = "all",
     features: torch.Tensor | None = None,
 ) -> Fit:
     """Train the model of `options` on whole sequences; keep the epoch with the best valid NDCG@10. Test is not used.
 
-    exclude_seen: the headline protocol, in which an epoch is scored: without the items of the row's history.
+    protocol: the headline protocol, in which epochs are scored.
     """
     if options.loss == "bce" and catalog.n_items <= 2 * options.max_history:
         raise UserError(f"--loss bce: {catalog.n_items} items may all be in one row, so none is negative; use ce")
@@ -122,7 +123,7 @@ def fit(
             total += value.detach()
         if not torch.isfinite(total):
             raise UserError(f"the loss of epoch {epoch} is {total.item()}; lower --learning_rate")
-        ndcg = table(item_and_sid_ranks(scorer(model), valid, catalog, exclude_seen)[0])["NDCG@10"]
+        ndcg = table(ranks(scorer(model), valid, catalog, [protocol])[protocol].item)["NDCG@10"]
         if ndcg > best:
             best, best_epoch, best_state = ndcg, epoch, {k: t.clone() for k, t in model.state_dict().items()}
         seconds = time.monotonic() - started
@@ -144,20 +145,12 @@ def scorer(model: SequentialModel) -> Scorer:
     return lambda histories: model.scores(histories).cpu().numpy()
 
 
-def item_and_sid_ranks(
-    score: Scorer, rows: pl.DataFrame, catalog: Catalog, exclude_seen: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """(rank of each target among items, rank of its SID among distinct SIDs, whose score is their best item's)."""
-    by_sid = np.concatenate(catalog.items_of_sid)
-    starts = np.cumsum([0] + [len(items) for items in catalog.items_of_sid[:-1]])
-    item_ranks, sid_ranks = [], []
+def ranks(score: Scorer, rows: pl.DataFrame, catalog: Catalog, wanted: Sequence[str] = PROTOCOLS) -> dict[str, Ranks]:
+    """The ranks of the targets of `rows` (columns history, target, seen) under each protocol."""
+    found = {name: [] for name in wanted}
     for part in rows.iter_slices(ROWS_AT_ONCE):
-        histories, targets = part["history"].to_list(), part["target"].to_numpy()
-        scores = score(histories)
-        if exclude_seen:
-            row = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
-            scores[row, np.array([item for history in histories for item in history], dtype=np.int64)] = -np.inf
-        item_ranks.append(ranks_of_scores(scores, targets))
-        sid_scores = np.maximum.reduceat(scores[:, by_sid], starts, axis=1)
-        sid_ranks.append(ranks_of_scores(sid_scores, catalog.sid_of_item[targets]))
-    return np.concatenate(item_ranks), np.concatenate(sid_ranks)
+        scores, targets = score(part["history"].to_list()), part["target"].to_numpy()
+        for name, parts in found.items():
+            seen = part["seen"].to_list() if name == "unseen" else None
+            parts.append(of_scores(scores, targets, catalog, seen))
+    return {name: joined(parts) for name, parts in found.items()}
