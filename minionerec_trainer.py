@@ -2,141 +2,112 @@
 
 Rewards, advantages, losses, KL, reference model and logging are TRL's. What differs:
 
-- generation: a prompt's group is its beam list, or samples under the trie, the most probable first (beam_search.py);
-- log-probabilities: a prompt is encoded once for all its completions, `[prompt | c_1 | … | c_G]` in one row, and they
-  may be normalised over what the trie allows (`logp_space="catalog"`), as generation then is;
-- the shuffle between generation and update permutes whole groups, so that the line above finds them together;
-- groups without a difference in reward can be left out of the loss (`mask_all_zero`);
-- evaluation: HR and NDCG of constrained beam search on validation rows, in place of the reward of samples.
-
-TRL cannot resume between two updates on one generation (`num_iterations` above 1): a run killed there generates anew.
+1. Generation: a prompt's group is its beam list, or samples under the trie, most probable first.
+2. Rewards also get the catalog rows of the completion and of the target, columns `row` and `target_row`.
+3. Log-probabilities: a prompt is encoded once for all its completions, and `space="catalog"` normalises over the tokens
+   that the trie allows, as generation then does (minionerec/decoding/group_log_probs.py).
+4. The shuffle between generation and update permutes whole groups, so that point 3 finds them together.
+5. Groups without a difference in reward can be left out of the loss (`mask_all_zero`).
+6. Evaluation is HR and NDCG of constrained beam search on validation rows; TRL's is the reward of samples.
+7. Dropout is off: policy, old policy and reference are one function of the weights, and the first KL is 0.
+8. A resumed run equals an unbroken one: the order of rows in each epoch, a generation that is used for several updates
+   (`num_iterations`), and the moved reference of `sync_ref_model` are restored.
 """
 
-import functools
 import math
 import time
 import types
-from collections.abc import Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from transformers.trainer_utils import speed_metrics
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 from trl import GRPOTrainer
-from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict
+from trl.trainer.utils import RepeatSampler, maybe_gather_lm_head_ctx, split_tensor_dict
 
 from minionerec.catalog.catalog import Catalog
-from minionerec.catalog.trie import Trie
+from minionerec.common.files import require_file
 from minionerec.decoding.beam_search import beam_search, left_pad, sample
-from minionerec.decoding.lm_head import LMHead, allowed_log_probs, unwrap_adapter
-from minionerec.decoding.tree_attention import branch_mask_and_positions, require_tree_attention
+from minionerec.decoding.group_log_probs import add_catalog_head, group_log_probs
+from minionerec.decoding.lm_head import unwrap_adapter
+from minionerec.decoding.tree_attention import require_tree_attention
 from minionerec.evaluation import metrics
 from minionerec.evaluation.validation import Validation, model_for_search
 
-DRAWN = 1.5  # completions that dynamic sampling draws for each that it keeps
-MEAN_OVER_ROWS = ("grpo", "sapo", "dr_grpo", "luspo")  # losses of TRL that divide by rows, the masked ones included
+DRAWN = 1.5  # completions that dynamic sampling draws for each one that it keeps
+MEAN_OVER_ROWS = ("grpo", "sapo", "dr_grpo", "luspo")  # losses of TRL that divide by rows, masked ones included
+REFERENCE = "reference.safetensors"  # in a checkpoint: the reference model, if --sync_ref_model moves it
+GENERATION = "generation-{process}.pt"  # in a checkpoint: a generation that further updates will use
 
 
-def run_lengths_gcd(rows: torch.Tensor) -> int:
-    """The greatest g such that `rows` (n, length) consists of blocks of g equal neighbours."""
-    changes = (rows[1:] != rows[:-1]).any(dim=1).nonzero()[:, 0] + 1
-    return math.gcd(len(rows), *changes.tolist())
-
-
-def keep_target_first(leaf: torch.Tensor, targets: torch.Tensor, size: int) -> torch.Tensor:
+def keep_target_first(rows: torch.Tensor, targets: torch.Tensor, size: int) -> torch.Tensor:
     """`size` of the drawn completions of each prompt, in the order drawn: (prompts, drawn) -> (prompts, size).
 
-    Every copy of the target is kept before any other completion, and one copy of each other before their repetitions
-    (MiniOneRec's dynamic sampling, arXiv 2510.24431). targets: (prompts, 1).
+    Every copy of the target is kept first, then one copy of each other completion, then their repetitions (MiniOneRec's
+    dynamic sampling, arXiv 2510.24431). targets: (prompts, 1).
+
+    >>> keep_target_first(torch.tensor([[3, 5, 3, 7, 5, 9]]), torch.tensor([[5]]), 4)
+    tensor([[3, 5, 7, 5]])
     """
-    repeated = (leaf.unsqueeze(2) == leaf.unsqueeze(1)).tril(-1).any(dim=2)  # an equal one stands before it
-    priority = (leaf != targets) * (1 + repeated.long())  # 0 target, 1 first of its kind, 2 repetition
+    repeated = (rows.unsqueeze(2) == rows.unsqueeze(1)).tril(-1).any(dim=2)  # an equal one was drawn earlier
+    priority = (rows != targets) * (1 + repeated.long())  # 0 target, 1 first copy, 2 repetition
     kept = priority.argsort(dim=1, stable=True)[:, :size].sort(dim=1).values
-    return leaf.gather(1, kept)
+    return rows.gather(1, kept)
 
 
-class CatalogOutput(NamedTuple):
-    """What a forward with the catalog head returns; both (rows, branches, length), 0 at masked tokens."""
+def turn_off_dropout(model) -> None:
+    """Make `model.train()` set only the model itself to training mode, and every module inside to evaluation mode.
 
-    log_probs: torch.Tensor  # nats
-    entropy: torch.Tensor  # nats
-
-
-@contextmanager
-def last_states(causal_lm, count: int):
-    """Let the body of a model return the states of the last `count` positions alone, so that its head sees no other.
-
-    On a GPU TRL's fused head skips positions without a label by itself; elsewhere it projects all that it is given.
+    Layers whose activations are recomputed (gradient checkpointing) need training mode; their own rates are set to 0.
     """
 
-    def cut(body, inputs, output):
-        output.last_hidden_state = output.last_hidden_state[:, -count:]
-        return output
+    def train(self, mode: bool = True):
+        type(self).train(self, False)
+        for module in self.modules():
+            if module is self or getattr(module, "gradient_checkpointing", False):
+                module.training = mode
+        return self
 
-    handle = causal_lm.base_model.register_forward_hook(cut)
-    try:
-        yield
-    finally:
-        handle.remove()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    model.train = types.MethodType(train, model)
+    model.train(model.training)
 
 
-def add_catalog_head(model, trie: Trie, temperature: float) -> None:
-    """Let `model(…, completions=ids, completion_mask=mask)` return a `CatalogOutput` instead of logits.
+class EpochSampler(RepeatSampler):
+    """TRL's sampler, whose order depends only on seed and epoch: a resumed run continues in the unbroken run's order."""
 
-    The last branches * length states of a row predict `completions` (rows, branches, length); their log-probabilities
-    are normalised over the tokens that the trie allows, and only those tokens' rows of the LM head are multiplied.
-    The head is a part of `forward`, as TRL's fused one is, so that DDP and DeepSpeed see one forward. `model` is the
-    causal LM itself, without an adapter around it.
-    """
-    plain_forward = model.forward
+    def __init__(self, *args, epoch: Callable[[], int], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.epoch = epoch
 
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, completions=None, completion_mask=None, **kwargs):
-        if completions is None:
-            return plain_forward(*args, **kwargs)
-        rows, branches, length = completions.shape
-        states = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        states = states[:, -branches * length :].view(rows, branches, length, -1)
-        kept = completion_mask.bool()
-        nodes = trie.walk(completions)  # (rows, branches, length + 1)
-        log_probs, entropy = [], []
-        with maybe_gather_lm_head_ctx(*LMHead.of(self)[:2]):
-            for level in range(length):
-                values, allowed = allowed_log_probs(
-                    LMHead.of(self),
-                    states[:, :, level],
-                    trie,
-                    nodes[..., level],
-                    space="catalog",
-                    level=level,
-                    temperature=temperature,
-                )  # (rows, branches, width)
-                chosen = (allowed.node == nodes[..., level + 1].unsqueeze(-1)) & allowed.mask
-                finite = values.masked_fill(~allowed.mask, 0.0)
-                log_probs.append((finite * chosen).sum(dim=-1))
-                entropy.append(-(finite.exp() * finite * allowed.mask).sum(dim=-1))
-        return CatalogOutput(*(torch.stack(x, dim=-1).masked_fill(~kept, 0.0) for x in (log_probs, entropy)))
-
-    model.forward = types.MethodType(forward, model)
+    def __iter__(self):
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self.epoch()):
+                torch.randperm(self.num_samples, generator=self.generator)  # what RepeatSampler draws in each epoch
+        return super().__iter__()
 
 
 class ReReTrainer(GRPOTrainer):
-    """`trl.GRPOTrainer` whose completions are the beams of a catalog, or samples from it.
+    """`trl.GRPOTrainer` whose completions are SIDs of a catalog: a prompt's beams, or samples.
 
     Dataset rows carry their own target: columns `prompt`, `target_sid`, and whatever the rewards ask for.
 
     catalog: what may be generated;
-    logp_space: `vocab` or `catalog`, for generation, evaluation, policy, old policy and reference alike;
-    beams: the group is the beam list, else it is sampled with `args.temperature` and `args.top_p`;
-    dynamic_sampling: 1.5 times as many are drawn, and `keep_target_first` chooses;
-    add_gt: where a group lacks the target, the target replaces its last completion;
-    mask_all_zero: a group whose advantages are all zero takes no part in the loss, nor in its mean, nor in the KL;
-    test_beam: width of a second search whose HR and NDCG on the batch's prompts are logged, 0 for none;
+    space: `vocab` or `catalog`, for generation, evaluation, policy, old policy and reference;
+    beams: the group is the beam list; if False, it is sampled with `args.temperature` and `args.top_p`;
+    dynamic_sampling: draw 1.5 times as many, and `keep_target_first` chooses;
+    add_gt: if a group does not contain the target, the target replaces its last completion;
+    mask_all_zero: groups whose advantages are all zero are excluded from loss, normaliser and KL;
+    test_beams: width of a second search whose HR and NDCG on the batch's prompts are logged; 0 for none;
     validation: (prompts, target items) for `evaluate`, searched with `eval_beams` beams.
 
-    Logged beside TRL's: `group/…` (HR and NDCG of the groups as generated, `distinct` SIDs of a group, `dead`: the
-    share of groups with all advantages zero), `test/…`, and `seconds/…` of an optimizer step: `generation`,
-    `log_probs` (old and reference), `update` (forward and backward).
+    Logged beside TRL's metrics: docs/rl.md.
     """
 
     _tag_names = ["minionerec"]
@@ -145,12 +116,12 @@ class ReReTrainer(GRPOTrainer):
         self,
         *args,
         catalog: Catalog,
-        logp_space: str = "vocab",
+        space: str = "vocab",
         beams: bool = True,
         dynamic_sampling: bool = False,
         add_gt: bool = False,
         mask_all_zero: bool = False,
-        test_beam: int = 0,
+        test_beams: int = 0,
         validation: tuple[Sequence[str], Sequence[int]] | None = None,
         eval_beams: int = 20,
         **kwargs,
@@ -158,23 +129,27 @@ class ReReTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.catalog = catalog
         self.trie = catalog.trie(self.processing_class).to(self.accelerator.device)
+        self.codes = torch.from_numpy(catalog.codes).to(self.accelerator.device)  # (sids, depth)
         token_id = self.processing_class.convert_tokens_to_ids
-        self.completion_of_leaf = [token_id(self.processing_class.tokenize(sid)) for sid in catalog.sids]
-        self.logp_space = logp_space
+        self.completion_of_row = [token_id(self.processing_class.tokenize(sid)) for sid in catalog.sids]
+        self.space = space
         self.beams = beams
         self.dynamic_sampling = dynamic_sampling
         self.add_gt = add_gt
         self.mask_all_zero = mask_all_zero
-        self.test_beam = test_beam
-        self.validation = validation and Validation(*validation, catalog, self.trie, eval_beams, logp_space)
-        self.aux_loss_enabled = False  # transformers' load-balancing loss of experts cannot read a tree mask
-        self._targets: list[int] = []
+        self.test_beams = test_beams
+        self.validation = validation and Validation(*validation, catalog, self.trie, eval_beams, space)
+        self.aux_loss_enabled = False  # the load-balancing loss of experts cannot read a tree mask
+        self._rows: list[int] = []  # of the batch's completions
+        self._targets: list[int] = []  # of the batch's targets
+        self._policy_log_probs: torch.Tensor | None = None  # of the latest forward with gradients
         self._seconds = dict.fromkeys(("generation", "log_probs", "update"), 0.0)
-        # Now, before anything wraps `forward` in mixed precision, whose rounding would look like another model's.
-        shared_out = (p for p in self.model.parameters() if hasattr(p, "ds_status"))  # under ZeRO-3, adapters are not
-        with maybe_gather_lm_head_ctx(*shared_out):
+        turn_off_dropout(self.model)
+        # Before anything wraps `forward` in mixed precision, whose rounding would look like another model's.
+        sharded = (p for p in self.model.parameters() if hasattr(p, "ds_status"))  # under ZeRO-3, adapters are not
+        with maybe_gather_lm_head_ctx(*sharded):
             require_tree_attention(self.model)
-        if logp_space == "catalog":
+        if space == "catalog":
             for model in filter(None, (self.model, self.ref_model)):
                 add_catalog_head(unwrap_adapter(self.accelerator.unwrap_model(model)), self.trie, self.temperature)
 
@@ -184,66 +159,86 @@ class ReReTrainer(GRPOTrainer):
         self._targets = [self.catalog.row_of_sid[row["target_sid"]] for row in inputs]
         output = super()._generate_and_score_completions(inputs)
         groups = output["advantages"].view(-1, self.num_generations)
-        # Equal rewards have equal advantages to the last bit, though rounding may keep them from being 0.
+        # Equal rewards give exactly equal advantages, though rounding may keep them from being 0.
         dead = groups.amax(dim=1) == groups.amin(dim=1)
         every_dead = self.accelerator.gather(dead)
         self._metrics["train"]["group/dead"].append(every_dead.float().mean().item())
         if self.mask_all_zero:
-            mask = output["completion_mask"] * ~dead.repeat_interleave(self.num_generations)[:, None]
-            output["completion_mask"] = mask
-            output["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
+            dead_rows = dead.repeat_interleave(self.num_generations)[:, None]
+            output["completion_mask"] = output["completion_mask"] * ~dead_rows
+            output["num_items_in_batch"] = self.accelerator.gather(output["completion_mask"].sum()).sum()
             output["rows_per_live_row"] = len(every_dead) / (~every_dead).sum().clamp(min=1)
+            if "old_per_token_logps" in output:  # the policy's are 0 there: a ratio of exp(-old) could overflow
+                output["old_per_token_logps"] = output["old_per_token_logps"].masked_fill(dead_rows, 0.0)
         return output
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         started = self._now()
-        groups = prompt_ids[::num_generations]
+        prompts = prompt_ids[::num_generations]
         targets = torch.tensor(self._targets[::num_generations], device=self.accelerator.device)[:, None]
-        ids, mask = left_pad(groups, self.processing_class.pad_token_id, self.accelerator.device)
+        ids, mask = left_pad(prompts, self.processing_class.pad_token_id, self.accelerator.device)
         with model_for_search(self) as model:
             was_training = model.training
             model.eval()
-            leaf = self._draw(model, ids, mask, targets)
-            if self.test_beam:
-                tested = beam_search(model, self.trie, ids, mask, self.test_beam, space=self.logp_space).row
-                self._log_group_metrics("test", tested, targets)
+            rows = self._draw(model, ids, mask, targets)  # (prompts, group)
+            if self.test_beams:
+                tested = beam_search(model, self.trie, ids, mask, self.test_beams, space=self.space).row
+                self._log_ranks("test", tested, targets)
             model.train(was_training)
-        self._log_group_metrics("group", leaf, targets)
-        in_order = leaf.sort(dim=1).values
-        distinct = (in_order[:, 1:] != in_order[:, :-1]).sum(dim=1) + 1.0
-        self._metrics["train"]["group/distinct"].append(self.accelerator.gather(distinct).mean().item())
+        self._log_group(rows, targets)
         if self.add_gt:
-            missed = ~(leaf == targets).any(dim=1)
-            leaf[missed, -1] = targets[missed, 0]
-        completions = [self.completion_of_leaf[row] for row in leaf.flatten().tolist()]
+            missed = ~(rows == targets).any(dim=1)
+            rows[missed, -1] = targets[missed, 0]
+        self._rows = rows.flatten().tolist()
         self._seconds["generation"] += self._now() - started
-        return completions, None
+        return [self.completion_of_row[row] for row in self._rows], None
 
     def _draw(self, model, ids: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The groups of some prompts as rows of the catalog's SIDs, most probable first: (prompts, group)."""
         drawn = math.ceil(DRAWN * self.num_generations) if self.dynamic_sampling else self.num_generations
         if self.beams:
-            leaf = beam_search(model, self.trie, ids, mask, drawn, self.temperature, space=self.logp_space).row
+            rows = beam_search(model, self.trie, ids, mask, drawn, self.temperature, space=self.space).row
         else:
-            # Seeded by the step, not by what was drawn before: a resumed run draws what an unbroken one draws.
+            # Seeded by the step, not by earlier draws: a resumed run draws what an unbroken one draws.
             step = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
             generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed + 1_000_003 * step)
-            draw = {"temperature": self.temperature, "top_p": self.top_p, "space": self.logp_space}
+            draw = {"temperature": self.temperature, "top_p": self.top_p, "space": self.space}
             found = sample(model, self.trie, ids, mask, drawn, **draw, generator=generator)
-            # By leaf within equal scores, so that copies of one SID stand together.
+            # By row within equal scores, so that copies of one SID are neighbours.
             order = found.row.argsort(dim=1, stable=True)
             order = order.gather(1, found.score.gather(1, order).argsort(dim=1, descending=True, stable=True))
-            leaf = found.row.gather(1, order)
-        return keep_target_first(leaf, targets, self.num_generations) if self.dynamic_sampling else leaf
+            rows = found.row.gather(1, order)
+        return keep_target_first(rows, targets, self.num_generations) if self.dynamic_sampling else rows
 
-    def _log_group_metrics(self, name: str, leaf: torch.Tensor, targets: torch.Tensor) -> None:
-        hits = leaf == targets
+    def _log_group(self, rows: torch.Tensor, targets: torch.Tensor) -> None:
+        """HR and NDCG of the groups, distinct SIDs of a group, and the share that contains the target's prefixes."""
+        self._log_ranks("group", rows, targets)
+        in_order = rows.sort(dim=1).values
+        distinct = (in_order[:, 1:] != in_order[:, :-1]).sum(dim=1) + 1.0
+        self._log_mean("group/distinct", distinct)
+        matching = (self.codes[rows] == self.codes[targets]).long().cumprod(dim=2)  # (prompts, group, depth)
+        for level, survived in enumerate(matching.any(dim=1).float().unbind(dim=1)[:3], start=1):
+            self._log_mean(f"group/prefix_{level}", survived)
+
+    def _log_mean(self, name: str, values: torch.Tensor) -> None:
+        self._metrics["train"][name].append(self.accelerator.gather(values).mean().item())
+
+    def _log_ranks(self, name: str, rows: torch.Tensor, targets: torch.Tensor) -> None:
+        hits = rows == targets
         rank = torch.where(hits.any(dim=1), hits.int().argmax(dim=1), metrics.MISSED)
         rank = self.accelerator.gather(rank).cpu().numpy()
-        for metric, value in metrics.table(rank, [leaf.shape[1]]).items():
+        for metric, value in metrics.table(rank, [rows.shape[1]]).items():
             self._metrics["train"][f"{name}/{metric}"].append(value)
 
-    # ---------------------------------------------------------------------------------------- log-probabilities
+    # ---------------------------------------------------------------------------------------- rewards and loss
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        """TRL's, with two more columns: the catalog rows of completion and target."""
+        inputs = [
+            columns | {"row": row, "target_row": target}
+            for columns, row, target in zip(inputs, self._rows, self._targets, strict=True)
+        ]
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -255,73 +250,53 @@ class ReReTrainer(GRPOTrainer):
         compute_entropy=False,
         **_,
     ):
-        """As TRL's, with each prompt encoded once for the neighbouring rows that share it.
+        """TRL's, with each prompt encoded once for the neighbouring rows that share it.
 
-        A branch repeats the prompt's last token and then its completion but for the last token: every position of a
-        branch predicts one token of the completion, and the branches do not share the position that predicts c_1.
-        Rows without any token left in their mask are not computed, where others have some: their values are 0.
+        Rows whose completion is masked completely are not computed if there are others: their values are 0.
         """
         started = self._now()
         live = attention_mask[:, -logits_to_keep:].any(dim=1)
         if not live.any():
             live[: self.num_generations] = True  # every process takes part in each forward
-        rows, length = int(live.sum()), input_ids.shape[1]
-        values = self._shared_prompt_log_probs(
-            model,
-            input_ids[live],
-            attention_mask[live],
-            length - logits_to_keep,
-            batch_size or rows,
-        )
+        causal_lm = unwrap_adapter(self.accelerator.unwrap_model(model))
+        rows = int(live.sum())
+        with self.accelerator.autocast():
+            values = group_log_probs(
+                model,
+                causal_lm,
+                input_ids[live],
+                attention_mask[live],
+                logits_to_keep,
+                space=self.space,
+                chunk_rows=batch_size or rows,
+            )
         if rows < len(live):
             values = [value.new_zeros(len(live), logits_to_keep).index_put((live,), value) for value in values]
         log_probs, entropies = values
-        if not torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            self._policy_log_probs = log_probs.detach()
+        else:
             self._seconds["log_probs"] += self._now() - started
         return log_probs, entropies if compute_entropy else None, None
 
-    def _shared_prompt_log_probs(self, model, input_ids, attention_mask, prompt_length, batch_size):
-        """Log-probabilities and entropies, both (rows, completion)."""
-        rows, kept = len(input_ids), input_ids.shape[1] - prompt_length
-        prompt, prompt_mask = input_ids[:, :prompt_length], attention_mask[:, :prompt_length]
-        branches = run_lengths_gcd(torch.cat([prompt, prompt_mask], dim=1))
-        per_chunk = max(batch_size // branches, 1)
-        trunk, trunk_mask = prompt[::branches, :-1], prompt_mask[::branches, :-1]
-        branch = input_ids[:, prompt_length - 1 : -1].reshape(rows // branches, -1)
-        completions = input_ids[:, prompt_length:].reshape(-1, branches, kept)
-        completion_mask = attention_mask[:, prompt_length:].reshape(-1, branches, kept)
-
-        parts = []
-        for start in range(0, rows // branches, per_chunk):
-            chunk = slice(start, start + per_chunk)
-            mask, position_ids = branch_mask_and_positions(
-                trunk_mask[chunk], branches, kept, self.accelerator.unwrap_model(model).dtype
-            )
-            tokens = torch.cat([trunk[chunk], branch[chunk]], dim=1)
-            inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": position_ids}
-            if hasattr(self.model.config, "output_router_logits"):
-                inputs["output_router_logits"] = False
-            with self.accelerator.autocast():
-                if self.logp_space == "catalog":
-                    part = model(**inputs, completions=completions[chunk], completion_mask=completion_mask[chunk])
-                    parts.append([value.reshape(-1, kept) for value in part])
-                    continue
-                labels = completions[chunk].masked_fill(completion_mask[chunk] == 0, -100).flatten(1)
-                with last_states(unwrap_adapter(self.accelerator.unwrap_model(model)), labels.shape[1]):
-                    part = model(**inputs, shift_labels=labels, fused_lm_head=True)
-            entropy = part.log_probs if part.entropy is None else part.entropy  # the reference computes none
-            parts.append([value.reshape(-1, kept) for value in (part.log_probs, entropy)])
-        return [torch.cat(values) for values in zip(*parts, strict=True)]
-
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
-        # Token means leave masked rows out by themselves; a mean over rows counts them.
+        if self.beta and self._policy_log_probs is not None:
+            self._log_kl_median(inputs)
+        # Means over tokens leave masked rows out; a mean over rows counts them.
         return loss * inputs["rows_per_live_row"] if self.mask_all_zero and self.loss_type in MEAN_OVER_ROWS else loss
+
+    def _log_kl_median(self, inputs) -> None:
+        """Median over tokens of the estimate whose mean TRL logs as `kl`: exp(d) - d - 1, d = log(reference/policy)."""
+        apart = inputs["ref_per_token_logps"] - self._policy_log_probs
+        kl = (apart.exp() - apart - 1).masked_fill(inputs["completion_mask"] == 0, math.nan)
+        kl = self.accelerator.pad_across_processes(kl, dim=1, pad_index=math.nan)
+        self._metrics["train"]["kl_median"].append(self.accelerator.gather(kl).nanmedian().item())
 
     # ---------------------------------------------------------------------------------------- batches
 
     def _now(self) -> float:
-        """Seconds on a clock, with nothing left to do on the device."""
+        """Seconds on a clock, after all queued work of the device."""
         if self.accelerator.device.type != "cpu":
             torch.accelerator.synchronize()
         return time.perf_counter()
@@ -336,10 +311,25 @@ class ReReTrainer(GRPOTrainer):
                 self._seconds[part] = 0.0
         return loss
 
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        return EpochSampler(
+            sampler.data_source,
+            mini_repeat_count=sampler.mini_repeat_count,
+            batch_size=sampler.batch_size,
+            repeat_count=sampler.repeat_count,
+            shuffle=sampler.shuffle,
+            seed=sampler.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    @property
+    def _generate_every(self) -> int:
+        return self.args.steps_per_generation * self.num_iterations
+
     def _prepare_inputs(self, generation_batch):
-        """As TRL's for training; rows are shuffled by whole groups, and evaluation does not come here."""
-        every = self.args.steps_per_generation * self.num_iterations
-        if self._step % every == 0 or self._buffered_inputs is None:
+        """TRL's for training, with rows shuffled by whole groups. Evaluation does not call it."""
+        if self._step % self._generate_every == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
             groups = torch.randperm(len(batch["prompt_ids"]) // self.num_generations)
             order = (groups[:, None] * self.num_generations + torch.arange(self.num_generations)).flatten()
@@ -357,3 +347,46 @@ class ReReTrainer(GRPOTrainer):
         self.log(result)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
         return result
+
+    # ---------------------------------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        """TRL's. What is ours is written first: a checkpoint counts as complete once the trainer's state is there."""
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.sync_ref_model:
+            self._save_reference(folder / REFERENCE)
+        if self._step % self._generate_every:
+            torch.save(self._buffered_inputs, folder / GENERATION.format(process=self.args.process_index))
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        generation = Path(checkpoint) / GENERATION.format(process=self.args.process_index)
+        if generation.exists():
+            self._buffered_inputs = torch.load(generation, self.accelerator.device, weights_only=True)
+        if self.args.sync_ref_model:
+            self._load_reference(require_file(Path(checkpoint) / REFERENCE, "resume_from_checkpoint"))
+
+    def _save_reference(self, path: Path) -> None:
+        tensors = {}
+        for name, parameter in self.accelerator.unwrap_model(self.ref_model).named_parameters():
+            with maybe_gather_lm_head_ctx(parameter):
+                if self.args.should_save:
+                    tensors[name] = parameter.detach().cpu().clone()
+        if self.args.should_save:
+            save_file(tensors, path)
+
+    def _load_reference(self, path: Path) -> None:
+        with safe_open(path, "pt") as tensors:
+            for name, parameter in self.accelerator.unwrap_model(self.ref_model).named_parameters():
+                if hasattr(parameter, "ds_status"):  # sharded by ZeRO-3
+                    import deepspeed
+
+                    with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+                        parameter.data.copy_(tensors.get_tensor(name))
+                else:
+                    parameter.data.copy_(tensors.get_tensor(name))

@@ -1,161 +1,165 @@
-"""Stage 4: supervised fine-tuning on semantic IDs.
+"""Stage 4: supervised fine-tuning (SFT) of a causal language model on semantic IDs.
 
-    torchrun --nproc_per_node 1 sft.py --base_model base --train_file train.csv --eval_file valid.csv \
+    bash sft.sh          or:
+    torchrun --nproc_per_node 1 sft.py --base_model base --train_file train.csv --eval_file valid.csv \\
         --sid_index_path D.index.json --item_meta_path D.item.json --output_dir output/sft
 
-The tokenizer gains the level tokens of the codebook, and the model learns the tasks of --sft_tasks with the loss on the
-answers alone: hidden states are gathered at the answers' positions before the LM head, so logits of prompts and padding
-are never made. What is trained is everything, LoRA adapters and the new tokens (--use_lora), or the new tokens alone
-(--freeze_LLM). The weights with the best --metric_for_best_model on the next-SID task of --eval_file are saved, merged.
+The tokenizer gains the level tokens of the codebook. The model learns the tasks of --sft_tasks; loss and logits are
+computed only at the answers' tokens. Trained are all weights, LoRA adapters and the new tokens' embedding rows
+(--use_lora), or only those rows (--freeze_LLM). The weights with the best --metric_for_best_model on the next-SID task of
+--eval_file are saved, merged, with the prompt template and minionerec.json.
 
-A killed run goes on from its last checkpoint when the same command is given again.
+Re-running a killed command resumes from its last checkpoint; a finished run is skipped. docs/sft.md explains the rest.
 """
 
 import importlib.util
+import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
-import torch
-from accelerate.utils import broadcast_object_list
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
-from transformers.hf_argparser import HfArg
-
-from data import (
-    DEFAULT_TASKS,
-    DEFAULT_TEMPLATE,
-    Prompts,
-    next_sid_prompts,
-    parse_tasks,
-    read_preferences,
-    read_sequences,
-    sft_pairs,
-)
-from minionerec.catalog.catalog import Catalog, target_counts
-from minionerec.catalog.items import Items, read_titles
-from minionerec.catalog.sids import codebook_tokens, read_index
-from minionerec.common.devices import wants_bf16
+from minionerec.common import runs
 from minionerec.common.errors import UserError
-from minionerec.common.files import require_file
-from minionerec.common.options import run
-from minionerec.common.runs import begin, finish
-from minionerec.evaluation.validation import Validation
-from minionerec.language_model import memory as preflight
-from minionerec.language_model.adapters import add_lora, train_rows_alone
-from minionerec.language_model.batches import Collator, EpochOrder, Lines
-from minionerec.language_model.checkpoints import (
-    last_checkpoint,
-    load_model,
-    load_tokenizer,
-    new_model,
-    remove_checkpoints,
-    save_trained,
-)
-from minionerec.language_model.new_tokens import add_tokens
-from minionerec.language_model.sft_trainer import SFTTrainer
-from minionerec.language_model.tokenizing import tokenize_cached
+from minionerec.common.options import INPUT, OUTPUT, RUNTIME, StageOptions, option, run
+from minionerec.common.processes import on_main_process
+from minionerec.language_model.file_names import CHECKPOINT_FILES
+
+TEMPLATE = Path(__file__).parent / "config" / "prompt.yaml"
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+)  # fmt: skip
+REPORTERS = ("none", "wandb", "tensorboard")
 
 
 @dataclass
-class Options:
-    # data and model
-    base_model: str = HfArg(default="", help="folder or hub name of a causal LM")
-    train_file: str = HfArg(default="", help="train CSV")
-    eval_file: str = HfArg(default="", help="valid CSV")
-    sid_index_path: str = HfArg(default="", help="<D>.index.json")
-    item_meta_path: str = HfArg(default="", help="<D>.item.json")
-    user_preference_file: str = HfArg(default="", help='{"user id": "what they like", …}: for the preference tasks')
-    output_dir: str = HfArg(default="", help="folder for the checkpoint")
-    category: str = HfArg(default="", help="what the prompts call the items, e.g. Video_Games")
-    prompt_template: str = HfArg(default=str(DEFAULT_TEMPLATE), help="wording of the prompts")
-    sft_tasks: str = HfArg(default=DEFAULT_TASKS, help="tasks and weights: sid_seq:1.0,title2sid:0.5,…")
-    max_history: int = HfArg(default=10, help="items of history in a prompt")
-    sample: int = HfArg(default=-1, help="use this many rows of --train_file, drawn by seed; -1 for all")
-    cache_dir: str = HfArg(default="output/cache", help="where tokenised rows are kept; empty: nowhere")
-    # what is trained
-    sid_tokens: str = HfArg(
-        default="codebook", help="codebook: all K codes of each level become tokens; used: only those in use"
+class Options(StageOptions):
+    # data
+    train_file: str = option("", "train CSV", role=INPUT)
+    eval_file: str = option("", "valid CSV", role=INPUT)
+    sid_index_path: str = option("", "<D>.index.json", role=INPUT)
+    item_meta_path: str = option("", "<D>.item.json", role=INPUT)
+    user_preference_file: str = option("", 'preference tasks: JSON {"user id": "what the user likes", …}', role=INPUT)
+    category: str = option("", "the prompts' name for the items, e.g. Video_Games; default: items")
+    prompt_template: str = option("", "wording of the prompts; default: config/prompt.yaml", role=INPUT)
+    sft_tasks: str = option(
+        "sid_seq,title2sid,sid2title,sid_seq2title,title_seq2title",
+        "tasks and how often each row is taken: sid_seq,title2sid:0.5; docs/sft.md lists the tasks",
     )
-    sid_init: str = HfArg(
-        default="mean", help="new rows start from mean (and covariance) of the old ones, or from their items' text"
+    max_history: int = option(10, "items of history in a prompt, the latest ones")
+    train_rows: int = option(-1, "rows of --train_file, drawn by seed; -1: all", aliases=["--sample"])
+    cutoff_len: int = option(512, "tokens of a row; a longer prompt loses its beginning")
+    cache_dir: str = option("output/cache", "folder for tokenised rows", role=RUNTIME)
+    # model
+    base_model: str = option("", "folder or hub name of a causal LM", role=INPUT)
+    train_from_scratch: bool = option(False, "random weights of the architecture of --base_model")
+    sid_tokens: str = option("codebook", "new tokens: codebook (all K codes of each level) or used (only those in use)")
+    sid_init: str = option(
+        "mean", "new embedding rows: mean (drawn with mean and covariance of the old rows) or text (of their items)"
     )
-    train_from_scratch: bool = HfArg(default=False, help="new weights from the config of --base_model")
-    freeze_LLM: bool = HfArg(default=False, help="train the new tokens' embeddings alone")
-    use_lora: bool = HfArg(default=False, help="train LoRA adapters and the new tokens' embeddings")
-    lora_r: int = HfArg(default=16, help="rank of the adapters")
-    lora_alpha: float = HfArg(default=32, help="adapters are scaled by lora_alpha / lora_r")
-    lora_dropout: float = HfArg(default=0.05, help="dropout before the adapters")
-    lora_target_modules: str = HfArg(default="all-linear", help="all-linear, or module names: q_proj,v_proj")
+    freeze_LLM: bool = option(False, "train only the new tokens' embedding rows")
+    use_lora: bool = option(False, "train LoRA adapters and the new tokens' embedding rows")
+    lora_r: int = option(16, "rank of the adapters")
+    lora_alpha: float = option(32, "the adapters' output is scaled by lora_alpha / lora_r")
+    lora_dropout: float = option(0.05, "dropout on the adapters' input")
+    lora_target_modules: str = option("all-linear", "all-linear, or module names: q_proj,v_proj")
     # training
-    seed: int = HfArg(default=42, help="seed")
-    batch_size: int = HfArg(default=128, help="lines of one optimizer step, over all processes")
-    micro_batch_size: int = HfArg(default=4, help="lines of one forward on one process")
-    num_epochs: float = HfArg(default=10, help="passes over the rows")
-    learning_rate: float = HfArg(default=3e-4, help="peak learning rate")
-    lr_scheduler_type: str = HfArg(
-        default="cosine", help="any schedule of transformers: cosine, linear, constant_with_warmup, …"
+    output_dir: str = option("", "folder for the checkpoint", role=OUTPUT)
+    seed: int = option(42, "seed of new weights, rows, batches and dropout")
+    batch_size: int = option(128, "rows (lines, with --packing) per optimizer step, over all processes")
+    micro_batch_size: int = option(
+        4, "rows per forward pass of one process; evaluation takes 4 times as many", role=RUNTIME
     )
-    warmup_ratio: float = HfArg(default=0.05, help="share of the steps that warm up")
-    weight_decay: float = HfArg(default=0.01, help="AdamW weight decay")
-    cutoff_len: int = HfArg(default=512, help="tokens of a line; a longer prompt loses its beginning")
-    group_by_length: bool = HfArg(default=True, help="batch lines of about equal length")
-    packing: bool = HfArg(
-        default=False, help="a line holds as many rows as --cutoff_len has room for, unseen by others"
+    num_epochs: float = option(10, "passes over the rows")
+    learning_rate: float = option(3e-4, "peak learning rate")
+    lr_scheduler_type: str = option("cosine", f"one of {', '.join(SCHEDULES)}")
+    warmup_ratio: float = option(0.05, "share of the steps in which the learning rate rises")
+    weight_decay: float = option(0.01, "AdamW weight decay")
+    group_by_length: bool = option(True, "batch rows of about equal length")
+    packing: bool = option(False, "pack rows into lines of --cutoff_len tokens; rows do not attend to each other")
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time", role=RUNTIME)
+    resume_from_checkpoint: str = option(
+        "", "a checkpoint-N folder; default: the last one of a killed run", role=RUNTIME
     )
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
-    resume_from_checkpoint: str = HfArg(default="", help="a checkpoint-N folder; default: where this run was killed")
     # evaluation and logging
-    eval_step: float = HfArg(default=0.1, help="evaluate and save every so many steps; below 1: share of all steps")
-    early_stopping_patience: int = HfArg(
-        default=3, help="stop after this many evaluations without a better one; 0: never"
-    )
-    metric_for_best_model: str = HfArg(default="eval_loss", help="eval_loss, or HR@K or NDCG@K by constrained beams")
-    eval_rows: int = HfArg(default=1000, help="rows of --eval_file, drawn by seed, for HR and NDCG; -1 for all")
-    eval_beams: int = HfArg(default=20, help="beams for HR and NDCG")
-    report_to: str = HfArg(default="none", help="none, wandb or tensorboard")
-    wandb_project: str = HfArg(default="", help="log to this Weights & Biases project")
-    wandb_run_name: str = HfArg(default="", help="its run name")
+    eval_step: float = option(0.1, "steps between evaluations (and checkpoints); below 1: share of all steps")
+    early_stopping_patience: int = option(3, "stop after this many evaluations without improvement; 0: never")
+    metric_for_best_model: str = option("eval_loss", "eval_loss, or HR@K or NDCG@K of constrained beam search")
+    eval_rows: int = option(1000, "HR and NDCG: rows of --eval_file, drawn by seed; -1: all")
+    eval_beams: int = option(20, "HR and NDCG: beams", aliases=["--test_beam"])
+    report_to: str = option("none", " or ".join(REPORTERS), role=RUNTIME)
+    wandb_project: str = option("", "log to this Weights & Biases project", role=RUNTIME)
+    wandb_run_name: str = option("", "name of its run", role=RUNTIME)
 
-    def check(self) -> None:
-        """Refuse what cannot work before anything is loaded."""
+    def __post_init__(self):
+        super().__post_init__()
+        self.prompt_template = self.prompt_template or str(TEMPLATE)
+        self.report_to = "wandb" if self.wandb_project else self.report_to
         if self.freeze_LLM and self.use_lora:
             raise UserError("--freeze_LLM True and --use_lora True exclude each other; choose one")
         if self.freeze_LLM and self.train_from_scratch:
             raise UserError(
                 "--freeze_LLM True would freeze the random weights of --train_from_scratch True; choose one"
             )
-        choices = {"sid_tokens": ("codebook", "used"), "sid_init": ("mean", "text")}
-        choices["report_to"] = ("none", "wandb", "tensorboard")
-        for flag, allowed in choices.items():
-            if getattr(self, flag) not in allowed:
-                raise UserError(f"--{flag} {getattr(self, flag)}: expected {' or '.join(allowed)}")
-        if self.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-            raise UserError("--report_to tensorboard: tensorboard is not installed; pip install tensorboard")
-        if not self.output_dir:
-            raise UserError("--output_dir is required")
-        for flag in ("train_file", "eval_file", "sid_index_path", "item_meta_path"):
-            require_file(getattr(self, flag), flag)
-        if not self.base_model:
-            raise UserError("--base_model is required")
+        self.at_least(1, "batch_size", "micro_batch_size", "max_history", "lora_r", "eval_beams")
+        self.at_least(0, "learning_rate", "weight_decay", "early_stopping_patience")
+        self.at_least(2, "cutoff_len")
+        steps = self.eval_step > 0 and (self.eval_step < 1 or self.eval_step.is_integer())
+        self.check(
+            sid_tokens=(self.sid_tokens in ("codebook", "used"), "codebook or used"),
+            sid_init=(self.sid_init in ("mean", "text"), "mean or text"),
+            report_to=(self.report_to in REPORTERS, " or ".join(REPORTERS)),
+            lr_scheduler_type=(self.lr_scheduler_type in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            num_epochs=(self.num_epochs > 0, "more than 0"),
+            lora_alpha=(self.lora_alpha > 0, "more than 0"),
+            lora_dropout=(0 <= self.lora_dropout < 1, "0 or more and below 1"),
+            warmup_ratio=(0 <= self.warmup_ratio < 1, "0 or more and below 1"),
+            eval_step=(steps, "a number of steps, or a share of all steps between 0 and 1"),
+            train_rows=(self.train_rows >= 1 or self.train_rows == -1, "at least 1, or -1 for all"),
+            eval_rows=(self.eval_rows >= 1 or self.eval_rows == -1, "at least 1, or -1 for all"),
+        )
+        if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
+            raise UserError(f"--report_to {self.report_to}: not installed; pip install {self.report_to}")
         self.accumulation_steps()
 
+    def require_inputs(self) -> None:
+        """Raise `UserError` for the first required option that is missing."""
+        files = ("train_file", "eval_file", "sid_index_path", "item_meta_path", "prompt_template")
+        self.require(*files, "output_dir", *(["user_preference_file"] if self.user_preference_file else []))
+        if not self.base_model:  # a hub name is no path
+            raise UserError("--base_model is required")
+
     def accumulation_steps(self) -> int:
+        """Forward passes per optimizer step: batch size / (micro batch size x processes); `UserError` if no integer."""
         world = int(os.environ.get("WORLD_SIZE", 1))
         unit = self.micro_batch_size * world
-        if self.batch_size < 1 or self.micro_batch_size < 1 or self.batch_size % unit:
-            below = self.batch_size // max(unit, 1) * unit
-            nearest = " or ".join(str(b) for b in (below, below + unit) if b > 0)
+        if self.batch_size % unit:
+            below = self.batch_size // unit * unit
+            nearest = " or ".join(str(size) for size in (below, below + unit) if size > 0)
             raise UserError(
                 f"--batch_size {self.batch_size} is not divisible by --micro_batch_size {self.micro_batch_size} x "
-                f"{world} processes = {unit}; the nearest batch sizes that are: {nearest}"
+                f"{world} processes = {unit}; the nearest valid batch sizes: {nearest}"
             )
         return self.batch_size // unit
 
 
-def training_arguments(options: Options) -> TrainingArguments:
+def begin(options: Options) -> runs.Run:
+    """The record of this run, the same on all processes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        training_arguments(options)  # joins the process group, which the processes need to share the record
+    return on_main_process(lambda: runs.begin(options, "sft", folder=options.output_dir, writes=CHECKPOINT_FILES))
+
+
+def training_arguments(options: Options):
+    """`transformers.TrainingArguments` of the options."""
+    import torch
+    from transformers import TrainingArguments
+
+    from minionerec.common.devices import use_one_gpu, wants_bf16
+
     if options.wandb_project:
         os.environ["WANDB_PROJECT"] = options.wandb_project
     metric = options.metric_for_best_model
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=options.output_dir,
         seed=options.seed,
         use_cpu=not torch.accelerator.is_available(),
@@ -173,125 +177,160 @@ def training_arguments(options: Options) -> TrainingArguments:
         eval_steps=options.eval_step,
         save_steps=options.eval_step,
         logging_steps=min(options.eval_step, 0.02),
-        save_total_limit=1,
+        logging_nan_inf_filter=False,  # SFTTrainer ends a run whose loss is not finite
+        save_total_limit=None,  # KeepCheckpoints removes old ones
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,  # the patience of early stopping
         metric_for_best_model=metric if metric.startswith("eval_") else f"eval_{metric}",
         greater_is_better=not metric.endswith("loss"),
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=["wandb"] if options.wandb_project else [options.report_to],
+        report_to=[options.report_to],
         run_name=options.wandb_run_name or None,
     )
+    return use_one_gpu(args)
 
 
 def read_data(options: Options):
-    """(items, train rows, validation rows), checked against each other."""
-    sids = read_index(options.sid_index_path)
-    items = Items(sids, read_titles(options.item_meta_path))
-    if len(items.titles) != len(sids):
-        raise UserError(
-            f"{options.item_meta_path}: found {len(items.titles)} items, expected the {len(sids)} of {options.sid_index_path}"
-        )
-    train = read_sequences(options.train_file, sids, "train_file", options.max_history)
-    valid = read_sequences(options.eval_file, sids, "eval_file", options.max_history)
-    if 0 <= options.sample < len(train):
-        train = train.sample(options.sample, seed=options.seed)
+    """The data set: items, catalog, train rows (with preferences, if given) and validation rows."""
+    from data import drawn, load, read_preferences
+
+    data = load(
+        sid_index_path=options.sid_index_path,
+        item_meta_path=options.item_meta_path,
+        train=options.train_file,
+        valid=options.eval_file,
+        max_history=options.max_history,
+    )
+    train = drawn(data.train, options.train_rows, options.seed)
     if options.user_preference_file:
-        train = train.join(read_preferences(options.user_preference_file), on="user", how="left", maintain_order="left")
-    return items, train, valid
+        preferences = read_preferences(options.user_preference_file)
+        train = train.join(preferences, on="user", how="left", maintain_order="left")
+    return data._replace(train=train)
 
 
-def build_model(options: Options, items: Items):
-    """(model, tokenizer, ids of the new tokens): the base model with the codebook's tokens, and what is to be trained."""
+def build_model(options: Options, data):
+    """(model, tokenizer, ids of the new tokens): the base model with SID tokens, set up for what is to be trained."""
+    from minionerec.catalog.sids import codebook_tokens
+    from minionerec.decoding.tree_attention import require_tree_attention
+    from minionerec.language_model.adapters import add_lora, train_new_rows
+    from minionerec.language_model.checkpoints import load_model, load_tokenizer, new_model
+    from minionerec.language_model.new_tokens import add_tokens, require_sid_tokens
+
     tokenizer = load_tokenizer(options.base_model, "base_model")
-    load = new_model if options.train_from_scratch else load_model
-    model = load(options.base_model, "base_model")
-    tokens = codebook_tokens(items.sids, used_only=options.sid_tokens == "used")
-    new = add_tokens(model, tokenizer, tokens, items if options.sid_init == "text" else None)
+    model = (new_model if options.train_from_scratch else load_model)(options.base_model, "base_model")
+    tokens = codebook_tokens(data.items.sids, used_only=options.sid_tokens == "used")
+    new_ids = add_tokens(model, tokenizer, tokens, data.items if options.sid_init == "text" else None)
+    require_sid_tokens(tokenizer, data.catalog.sids)
     model.config.pad_token_id = tokenizer.pad_token_id
     if options.freeze_LLM:
-        model = train_rows_alone(model, new, options.base_model)
+        model = train_new_rows(model, new_ids, options.base_model)
     elif options.use_lora:
-        model = add_lora(
-            model, new, options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target_modules
-        )
-    return model, tokenizer, new
+        lora = (options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target_modules)
+        model = add_lora(model, new_ids, *lora)
+    require_tree_attention(model)  # evaluation and RL decode with it: better refused now than after the training
+    return model, tokenizer, new_ids
 
 
-def build_validation(options: Options, items: Items, train, valid, prompts: Prompts, tokenizer) -> Validation | None:
-    """What HR and NDCG are measured on, if --metric_for_best_model asks for them."""
+def build_validation(options: Options, data, prompts, tokenizer):
+    """The search that measures HR and NDCG, or None if --metric_for_best_model needs only the loss."""
+    from data import drawn, next_sid_prompts
+    from minionerec.evaluation.validation import Validation
+
     name = options.metric_for_best_model.removeprefix("eval_")
     if name == "loss":
         return None
-    if 0 <= options.eval_rows < len(valid):
-        valid = valid.sample(options.eval_rows, seed=options.seed)
-    catalog = Catalog(items.sids, target_counts(train, len(items.sids)))
-    texts = next_sid_prompts(valid, items, prompts)
-    validation = Validation(texts, valid["target"].to_list(), catalog, catalog.trie(tokenizer), options.eval_beams)
+    valid = drawn(data.valid, options.eval_rows, options.seed)
+    texts = next_sid_prompts(valid, data.items, prompts)
+    trie = data.catalog.trie(tokenizer)
+    validation = Validation(texts, valid["target"].to_list(), data.catalog, trie, options.eval_beams)
     known = [f"{metric}@{k}" for metric in ("HR", "NDCG") for k in validation.cutoffs]
     if name not in known:
         raise UserError(
-            f"--metric_for_best_model {name}: expected eval_loss or, with {options.eval_beams} beams, {known}"
+            f"--metric_for_best_model {name}: expected eval_loss, or with --eval_beams {options.eval_beams} one of "
+            f"{', '.join(known)}"
         )
     return validation
 
 
-def main(options: Options) -> None:
-    options.check()
-    tasks = parse_tasks(options.sft_tasks)
-    args = training_arguments(options)
-    main_process = args.process_index == 0
-    [state] = broadcast_object_list([begin(options.output_dir, options) if main_process else None])
-    if state == "complete":
-        return
-    if state == "fresh" and main_process:
-        remove_checkpoints(options.output_dir)
-    set_seed(options.seed)
+def build_lines(options: Options, args, data, prompts, tokenizer):
+    """(train lines, validation lines): tokenised rows, packed with --packing. Validation is the task sid_seq."""
+    from data import parse_tasks, sft_pairs
+    from minionerec.language_model.batches import Lines
+    from minionerec.language_model.tokenizing import check_rows, tokenize_cached
 
-    # data and model
-    items, train, valid = read_data(options)
-    prompts = Prompts(options.prompt_template, options.category)
-    model, tokenizer, new = build_model(options, items)
-    validation = build_validation(options, items, train, valid, prompts, tokenizer)
-
-    # rows, lines, order
     def lines(weights: dict[str, float], sequences, capacity: int = 0) -> Lines:
-        pairs = sft_pairs(weights, sequences, items, prompts, options.seed)
+        pairs = sft_pairs(weights, sequences, data.items, prompts, options.seed)
+        suffix, separator = prompts.response_suffix, prompts.title_separator
         with args.main_process_first(desc="tokenising"):
-            rows = tokenize_cached(
-                pairs, tokenizer, prompts.response_suffix, prompts.title_separator, options.cache_dir
-            )
-        return Lines(rows.trimmed(options.cutoff_len), capacity)
+            rows = tokenize_cached(pairs, tokenizer, suffix, separator, options.cache_dir)
+        check_rows(rows, pairs, tokenizer, suffix)
+        return Lines(rows.trimmed(options.cutoff_len, pairs), capacity)
 
-    train_lines = lines(tasks, train, options.cutoff_len if options.packing else 0)
-    valid_lines = lines({"sid_seq": 1}, valid)
-    order = EpochOrder(train_lines.lengths, options.batch_size, options.seed, options.group_by_length)
-    preflight.check_and_print(model, new, train_lines, order, args)
+    train = lines(parse_tasks(options.sft_tasks), data.train, options.cutoff_len if options.packing else 0)
+    return train, lines({"sid_seq": 1}, data.valid)
 
-    # training
-    patience = options.early_stopping_patience
-    trainer = SFTTrainer(
+
+def build_trainer(options: Options, args, model, tokenizer, lines, order, validation, keep):
+    """The trainer of `lines`, (train, valid), in the given order; `keep` looks after its checkpoints."""
+    from minionerec.language_model.batches import Collator, packing_collator
+    from minionerec.language_model.sft_trainer import Patience, SFTTrainer
+
+    steps = math.ceil(options.num_epochs * (len(order) // options.batch_size))
+    args.eval_steps = args.save_steps = min(args.eval_steps, steps)  # at least one evaluation
+    patience, pad = options.early_stopping_patience, tokenizer.pad_token_id
+    collator = packing_collator(model, pad) if options.packing else Collator(pad)
+    return SFTTrainer(
         model=model,
         args=args,
-        train_dataset=train_lines,
-        eval_dataset=valid_lines,
-        data_collator=Collator(tokenizer.pad_token_id, packed=options.packing),
+        train_dataset=lines[0],
+        eval_dataset=lines[1],
+        data_collator=collator,
         processing_class=tokenizer,
         order=order,
         validation=validation,
-        callbacks=[EarlyStoppingCallback(patience)] if patience > 0 else [],
+        callbacks=[keep, *([Patience(patience)] if patience else [])],
     )
-    resume = options.resume_from_checkpoint or (last_checkpoint(options.output_dir) if state == "resume" else None)
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.accelerator.wait_for_everyone()  # the checkpoints go, and another process may be loading the best of them
-    if main_process:
-        print(
-            f"best {args.metric_for_best_model}: {trainer.state.best_metric:.4f}, {trainer.state.best_model_checkpoint}"
-        )
-    save_trained(trainer, prompts.path, options.output_dir)
-    if main_process:
-        remove_checkpoints(options.output_dir)
-        finish(options.output_dir, options)
+
+
+def main(options: Options) -> None:
+    options.require_inputs()
+    record = begin(options)
+    if record.complete:
+        return
+
+    from transformers import set_seed
+
+    from data import Prompts
+    from minionerec.language_model import checkpoints, memory
+    from minionerec.language_model.batches import EpochOrder
+
+    # ---- data and model
+    args = training_arguments(options)
+    set_seed(options.seed)
+    data = read_data(options)
+    prompts = Prompts(options.prompt_template, options.category)
+    model, tokenizer, new_ids = build_model(options, data)
+    validation = build_validation(options, data, prompts, tokenizer)
+    lines = build_lines(options, args, data, prompts, tokenizer)
+    order = EpochOrder(lines[0].lengths, options.batch_size, options.seed, options.group_by_length)
+    memory.check_and_print(model, new_ids, lines[0], order, args)
+
+    # ---- training
+    settings = checkpoints.Settings(options.category, options.max_history)
+    resumed_from = checkpoints.resume_point(options.output_dir, options.resume_from_checkpoint, record.resume)
+    keep = checkpoints.KeepCheckpoints(prompts.path, settings, resumed_from)
+    trainer = build_trainer(options, args, model, tokenizer, lines, order, validation, keep)
+    trainer.train(resume_from_checkpoint=resumed_from)
+
+    # ---- the best weights
+    trainer.accelerator.wait_for_everyone()  # every process has loaded them before the checkpoints are removed
+    checkpoints.save_trained(trainer, prompts.path, options.output_dir, settings)
+    if args.process_index == 0:
+        record.finish()
+        checkpoints.remove_checkpoints(options.output_dir, keep=[options.resume_from_checkpoint])
+        best = trainer.state
+        print(f"best {args.metric_for_best_model}: {best.best_metric:.4f}, {best.best_model_checkpoint}")
 
 
 if __name__ == "__main__":

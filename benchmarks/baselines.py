@@ -1,12 +1,13 @@
-"""Baselines tuned on valid, then tested with several seeds: mean and spread beside popularity and the Markov chain.
+"""Baselines tuned on valid, then trained with several seeds: mean and spread beside popularity and the Markov chain.
 
     python -m benchmarks.baselines --dataset_dir ../shared/data/industrial --output_dir output/baselines/industrial
-    python -m benchmarks.baselines ... --models sasrec --shard 0/8 &  # of eight processes that share out the work
+    python -m benchmarks.baselines ... --models sasrec --shard 0/8 &  # one of eight processes that divide the work
 
 Each model is trained with every combination of its grid (config/baselines.yaml) and one seed. The combination with
-the best valid NDCG@10 is trained again with each of `--seeds`, and only then is test scored. Every finished training
-is a line of `runs.jsonl`: a killed command goes on, and a changed grid trains only what is new. With `--shard`, a
-process trains its part of all grids and ends without test; the same command without it then finishes.
+the best valid NDCG@10 is trained with each of `--seeds`, and only its test figures are read. Each training is a run of
+sasrec.py in a folder of its settings: a killed command continues, a changed grid trains only what is new, and other
+data or another default trains again. With `--shard`, a process trains its part of all grids and ends; the same command
+without it then finishes.
 """
 
 import hashlib
@@ -14,48 +15,42 @@ import itertools
 import json
 import os
 import statistics
-import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import polars as pl
 import yaml
-from transformers.hf_argparser import HfArg
 
 import sasrec
-from data import read_sequences
-from minionerec.baselines.counts import markov, popularity
-from minionerec.baselines.models import MODELS
-from minionerec.baselines.training import Scorer, fit, item_and_sid_ranks, scorer
-from minionerec.catalog.catalog import Catalog, target_counts
-from minionerec.catalog.items import read_info
+from benchmarks.dataset import Files, files_of
+from minionerec.baselines.options import COUNTS, TRAINED
 from minionerec.common.errors import UserError
-from minionerec.common.files import require_file
-from minionerec.common.options import run
-from minionerec.evaluation.metrics import format_table, table
+from minionerec.common.files import read_json, require_file
+from minionerec.common.options import INPUT, OUTPUT, SETTING, option, parse, role_of, run
+from minionerec.common.runs import RECORD
+from minionerec.evaluation.metrics import format_table
 
 CUTOFFS = (5, 10, 20)
-NOT_FOR_GRIDS = {"train_file", "valid_file", "test_file", "info_file", "output_dir", "model", "seed", "device"}
+NOT_FOR_GRIDS = ("model", "seed")
 
 
 @dataclass
 class Options:
-    dataset_dir: str = HfArg(help="folder with train/*.csv, valid/*.csv, test/*.csv and info/*.txt, one file each")
-    output_dir: str = HfArg(help="folder that gets runs.jsonl")
-    models: str = HfArg(default=",".join(MODELS), help="models to train, by commas")
-    grid: str = HfArg(default="config/baselines.yaml", help="for each model its settings: a flag's value, or a list")
-    seeds: str = HfArg(default="1,2,3", help="seeds of the chosen settings, by commas")
-    tuning_seed: int = HfArg(default=1, help="seed of every run of the grid")
-    shard: str = HfArg(default="", help="i/n: train every n-th setting of the grid, from i (counted from 0), and end")
-    device: str = HfArg(default="", help="cpu, cuda, ...; cuda if there is one when left out")
-    json: bool = HfArg(default=False, help="print the results as JSON in the last line")
+    dataset_dir: str = option("", "folder with train/*.csv, valid/*.csv, test/*.csv and info/*.txt, one file each")
+    output_dir: str = option("", "folder for the trainings", role=OUTPUT)
+    models: str = option(",".join(TRAINED), "models to train, separated by commas")
+    grid: str = option("config/baselines.yaml", "for each model its settings: an option's value, or a list", role=INPUT)
+    seeds: str = option("1,2,3", "seeds of the chosen settings, separated by commas")
+    tuning_seed: int = option(1, "seed of every run of the grid")
+    shard: str = option("", "i/n: train every n-th setting of the grid, starting at i (from 0), and end")
+    device: str = option("", "cpu, cuda, …; default: cuda if there is a GPU")
+    json: bool = option(False, "print the results as JSON in the last line")
 
 
-# ------------------------------------------------------------------------------------------------ options and files
+# ------------------------------------------------------------------------------------------------ options
 
 
 def parse_list(text: str, flag: str, convert, allowed: str) -> list:
-    """The values of a flag that are separated by commas; raises `UserError`."""
+    """The values of an option that are separated by commas; raises `UserError`."""
     try:
         return [convert(part.strip()) for part in text.split(",")]
     except (ValueError, KeyError):
@@ -70,155 +65,95 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def fits(value, kind: type) -> bool:
-    return type(value) is kind or (kind is float and type(value) is int)
+def settings_of(model: str, values: dict) -> sasrec.Options:
+    """Options of sasrec.py; raises `UserError` for an unknown option or an invalid value."""
+    return parse(sasrec.Options, [f"--model={model}", *(f"--{name}={value}" for name, value in values.items())])
 
 
 def read_grid(path: str, models: list[str]) -> dict[str, list[dict]]:
-    """For each model, every combination of its settings in the file; raises `UserError` naming the flag."""
+    """For each model, every combination of its settings in the file; raises `UserError` naming the file."""
     try:
         content = yaml.safe_load(require_file(path, "grid").read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML ({error}); check --grid") from None
-    allowed = {field.name: field.type for field in fields(sasrec.Options) if field.name not in NOT_FOR_GRIDS}
-    settings = {}
+    allowed = {f.name for f in fields(sasrec.Options) if role_of(f) == SETTING and f.name not in NOT_FOR_GRIDS}
+    grid = {}
     for model in models:
-        flags = content.get(model) if isinstance(content, dict) else None
-        if not isinstance(flags, dict):
-            raise UserError(f"{path}: found no settings of {model}, expected 'flag: value' lines under '{model}:'")
-        values = {flag: value if isinstance(value, list) else [value] for flag, value in flags.items()}
-        for flag, choices in values.items():
-            kind = allowed.get(flag)
-            if kind is None or not choices or not all(fits(choice, kind) for choice in choices):
-                expected = f"values of type {kind.__name__}" if kind else f"one of {', '.join(allowed)}"
-                raise UserError(f"{path}, {model}: found {flag}: {flags[flag]!r}, expected {expected}")
-        settings[model] = [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())]
-        for one in settings[model]:
-            sasrec.check(sasrec.Options(model=model, **one))
-    return settings
-
-
-def every_flag(model: str, settings: dict) -> dict:
-    """The settings with sasrec.py's defaults where they are silent: what a result depends on."""
-    options = asdict(sasrec.Options(model=model, **settings))
-    return {flag: value for flag, value in options.items() if flag not in NOT_FOR_GRIDS}
-
-
-class Data:
-    """The catalog and the rows of a data set in the published layout."""
-
-    def __init__(self, folder: str):
-        self.files = {part: one_file(folder, part) for part in ("train", "valid", "test", "info")}
-        digests = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in self.files.values())
-        self.digest = hashlib.sha256(digests).hexdigest()[:16]
-        self.sids, self.read_before = read_info(self.files["info"], "dataset_dir").sids, {}
-        default = sasrec.Options.__dataclass_fields__["max_history"].default
-        self.catalog = Catalog(self.sids, target_counts(self.rows("train", default), len(self.sids)))
-
-    def rows(self, part: str, max_history: int) -> pl.DataFrame:
-        """The rows of train, valid or test."""
-        key = part, max_history
-        if key not in self.read_before:
-            self.read_before[key] = read_sequences(self.files[part], self.sids, "dataset_dir", max_history)
-        return self.read_before[key]
-
-
-def one_file(folder: str, part: str) -> Path:
-    """The one file of a part of the data set; raises `UserError` if there is none or another."""
-    suffix = "txt" if part == "info" else "csv"
-    found = sorted((require_file(folder, "dataset_dir") / part).glob(f"*.{suffix}"))
-    if len(found) != 1:
-        raise UserError(f"{folder}/{part}: found {len(found)} files *.{suffix}, expected one; check --dataset_dir")
-    return found[0]
+        found = content.get(model) if isinstance(content, dict) else None
+        if not isinstance(found, dict):
+            raise UserError(f"{path}: found no settings of {model}, expected 'option: value' lines under '{model}:'")
+        values = {name: value if isinstance(value, list) else [value] for name, value in found.items()}
+        for name, choices in values.items():
+            if name not in allowed or not choices:
+                raise UserError(f"{path}, {model}: found {name}: {choices}, expected values of an option of sasrec.py")
+        grid[model] = [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())]
+        for one in grid[model]:
+            try:
+                settings_of(model, one)
+            except UserError as error:
+                raise UserError(f"{path}, {model}: {error}") from None
+    return grid
 
 
 # ------------------------------------------------------------------------------------------------ runs
 
 
-class Runs:
-    """`runs.jsonl`: one line a finished training; a line that a kill cut short is no run."""
+class Trainings:
+    """Runs sasrec.py, each setting and seed in a folder of its name; finished runs are skipped there."""
 
-    def __init__(self, folder: str):
-        self.path = Path(folder) / "runs.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.found = {}
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        for line in text.splitlines():
-            try:
-                entry = json.loads(line)
-                self.found[json.dumps(entry["key"], sort_keys=True)] = entry["result"]
-            except (ValueError, KeyError, TypeError):
-                continue
-        self.cut = bool(text) and not text.endswith("\n")
+    def __init__(self, options: Options):
+        files: Files = files_of(options.dataset_dir, sids=False)
+        self.folder = Path(options.output_dir)
+        self.common = {"train_file": files.train, "valid_file": files.valid, "test_file": files.test}
+        self.common |= {"info_file": files.info, "device": options.device, "overwrite": True}
 
-    def get_or_make(self, key: dict, make) -> dict:
-        """The result under `key`, made by `make()` and appended if it is not there."""
-        text = json.dumps(key, sort_keys=True)
-        if text not in self.found:
-            self.found[text] = make()
-            line = json.dumps({"key": key, "result": self.found[text]}) + "\n"
-            with open(self.path, "a", encoding="utf-8") as f:  # one write: shards append side by side
-                f.write("\n" * self.cut + line)
-            self.cut = False
-        return self.found[text]
-
-
-def measure(score: Scorer, data: Data, max_history: int) -> dict:
-    """`{"valid": …, "test": …}`: all metrics by item."""
-    parts = {part: data.rows(part, max_history) for part in ("valid", "test")}
-    return {part: table(item_and_sid_ranks(score, rows, data.catalog)[0]) for part, rows in parts.items()}
-
-
-def train(data: Data, model: str, settings: dict, seed: int, device: str, test: bool) -> dict:
-    """One training: best valid NDCG@10, its epoch, seconds; with `test` also all metrics of valid and test."""
-    options = sasrec.Options(model=model, seed=seed, device=device, **settings)
-    started = time.perf_counter()
-    rows = [data.rows(part, options.max_history) for part in ("train", "valid")]
-    trained = fit(options, *rows, data.catalog)
-    result = {"valid_ndcg": trained.ndcg, "epoch": trained.epoch, "seconds": round(time.perf_counter() - started, 1)}
-    return result | (measure(scorer(trained.model), data, options.max_history) if test else {})
+    def run(self, model: str, settings: dict, seed: int) -> dict:
+        """The metrics of one training, and its seconds."""
+        words = json.dumps(settings, sort_keys=True)
+        folder = self.folder / model / f"{hashlib.blake2b(words.encode(), digest_size=4).hexdigest()}-{seed}"
+        print(f"{model}, seed {seed}: {words}", flush=True)
+        sasrec.main(replace(settings_of(model, settings), seed=seed, output_dir=str(folder), **self.common))
+        metrics = read_json(folder / sasrec.METRICS, "output_dir")
+        return metrics | {"seconds": read_json(folder / RECORD, "output_dir")["seconds"]}
 
 
 def mean_and_spread(results: list[dict]) -> dict[str, dict]:
     """`{"test": …, "test ±": …, "valid": …, "valid ±": …}`: means and sample standard deviations over seeds."""
     rows = {}
-    for part in ("test", "valid"):
-        values = {name: [result[part][name] for result in results] for name in results[0][part]}
+    for part, key in (("test", "item"), ("valid", "valid")):
+        values = {name: [result[key][name] for result in results] for name in results[0][key]}
         rows[part] = {name: statistics.mean(v) for name, v in values.items()}
         rows[f"{part} ±"] = {name: statistics.stdev(v) if len(v) > 1 else 0.0 for name, v in values.items()}
     return rows
 
 
 def main(options: Options) -> None:
-    models = parse_list(options.models, "models", lambda name: MODELS[name].name, "some of " + ", ".join(MODELS))
+    names = {name: name for name in TRAINED}
+    models = parse_list(options.models, "models", names.__getitem__, f"some of {', '.join(TRAINED)}")
     seeds = parse_list(options.seeds, "seeds", int, "whole numbers")
     shard, shards = parse_shard(options.shard)
+    if not options.output_dir:
+        raise UserError("--output_dir is required")
     grid = read_grid(options.grid, models)
-    data, runs = Data(options.dataset_dir), Runs(options.output_dir)
+    trainings = Trainings(options)
 
-    def trained(model: str, settings: dict, seed: int, test: bool) -> dict:
-        """One training, from `runs` or made now."""
-        key = {"data": data.digest, "model": model, "settings": every_flag(model, settings), "seed": seed, "test": test}
-        print(f"{model}, {'test with ' * test}seed {seed}: {json.dumps(settings)}", flush=True)
-        return runs.get_or_make(key, lambda: train(data, model, settings, seed, options.device, test))
-
-    if options.shard:  # a part of the grid, on valid
+    if options.shard:  # a part of the grid
         jobs = [(model, settings) for model in models for settings in grid[model]]
         for model, settings in jobs[shard::shards]:
-            trained(model, settings, options.tuning_seed, test=False)
+            trainings.run(model, settings, options.tuning_seed)
         return
 
     # the counts, which have nothing to tune
-    max_history = sasrec.Options.__dataclass_fields__["max_history"].default
     results = {}
-    for name, count in (("popularity", popularity), ("markov", markov)):
-        results[name] = measure(count(data.rows("train", max_history), len(data.sids)), data, max_history)
+    for model in COUNTS:
+        found = trainings.run(model, {}, options.tuning_seed)
+        results[model] = {"valid": found["valid"], "test": found["item"]}
 
-    # each model: the grid on valid, then the best of it on test
+    # each model: the grid on valid, then several seeds of its best combination
     for model in models:
-        tuned = [trained(model, settings, options.tuning_seed, test=False)["valid_ndcg"] for settings in grid[model]]
+        tuned = [trainings.run(model, settings, options.tuning_seed)["valid"]["NDCG@10"] for settings in grid[model]]
         best = grid[model][tuned.index(max(tuned))]
-        each = [trained(model, best, seed, test=True) for seed in seeds]
+        each = [trainings.run(model, best, seed) for seed in seeds]
         seconds = round(statistics.median(result["seconds"] for result in each), 1)
         results[model] = mean_and_spread(each) | {"settings": best, "seconds": seconds, "grid": tuned}
     show(results, options.dataset_dir, len(seeds))
@@ -235,7 +170,7 @@ def show(results: dict[str, dict], dataset_dir: str, n_seeds: int) -> None:
     for model, result in results.items():
         if "settings" in result:
             tuned = ", ".join(f"{ndcg:.4f}" for ndcg in result["grid"])
-            print(f"{model}: {json.dumps(result['settings'])}, {result['seconds']} s a training; grid on valid {tuned}")
+            print(f"{model}: {json.dumps(result['settings'])}, {result['seconds']} s a run; grid on valid {tuned}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
 """SFT, RL and baselines side by side: trained, scored on valid and on test, with several seeds, several at a time.
 
-    python -m benchmarks.experiments --plan benchmarks/plans/rl.yaml --dataset_dir ../shared/data/industrial \
+    python -m benchmarks.experiments --plan benchmarks/plans/rl.yaml --dataset_dir ../shared/data/industrial \\
         --output_dir output/experiments/industrial --bases tiny=output/base --jobs 2
 
-A plan names its runs. Each is a launcher with variables; `base` names a model of --bases, `start` the run whose
-checkpoint an RL run begins with, `cf` the one whose model its sasrec reward asks, `rows` how many rows of valid and
-test are scored (all, if it is left out):
+A plan names its runs. Each is a launcher with variables. `base` names a model of --bases; `start` names the run whose
+checkpoint an RL run begins with; `baseline` names the run whose model its sasrec reward uses; `rows` is how many rows
+of valid and test are scored (default: all):
 
     seeds: [1, 2, 3]
     runs:
       sft:  {stage: sft, base: tiny, env: {SFT_TASKS: sid_seq}}
       gru:  {stage: sasrec, env: {MODEL: gru4rec}}
       rule: {stage: rl, start: sft, env: {REWARD_TYPE: rule}}
-      both: {stage: rl, start: sft, cf: gru, env: {REWARD_TYPE: "rule,sasrec"}}
+      both: {stage: rl, start: sft, baseline: gru, env: {REWARD_TYPE: "rule,sasrec"}}
 
-Every finished run is a line of `runs.jsonl`: a killed command goes on. Settings are compared by valid NDCG@10; test
-figures stand beside it, and choosing by them would be choosing on test. Scores are by item, with 50 beams. The second
-table sets each RL run against the start of the same seed, row by row.
+The stages skip what is finished, so a killed command continues, and a changed plan trains only what it changes. Settings
+are compared by valid NDCG@10. Test figures are printed beside it; choosing by them would be choosing on test. Scores are
+by item, with 50 beams. The second table compares each RL run with the start of the same seed, row by row.
 """
 
 import functools
@@ -24,71 +24,53 @@ import json
 import os
 import statistics
 import subprocess
-import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import yaml
-from transformers.hf_argparser import HfArg
 
+from benchmarks.dataset import files_of
 from minionerec.common.errors import UserError
-from minionerec.common.files import require_file
-from minionerec.common.options import run
+from minionerec.common.files import read_json, require_file, write_json
+from minionerec.common.options import INPUT, OUTPUT, option, run
+from minionerec.common.runs import RECORD, read_record
 from minionerec.evaluation import metrics
 
 COLUMNS = ["valid NDCG@10", *(f"test {m}@{k}" for m in ("HR", "NDCG") for k in (1, 3, 5, 10, 20, 50))]
 METRICS = list(metrics.table(np.zeros(1)))
-NEEDS = ("start", "cf")  # keys of a run that name another run
+NEEDS = ("start", "baseline")  # keys of a run that name another run
 
 
 @dataclass
 class Options:
-    plan: str = HfArg(default="", help="the runs, a YAML file")
-    dataset_dir: str = HfArg(default="", help="a folder in the published layout, one file of each kind")
-    output_dir: str = HfArg(default="", help="folder for checkpoints, logs and runs.jsonl")
-    bases: str = HfArg(default="", help="the plan's base models: name=folder, by commas")
-    category: str = HfArg(default="", help="what the prompts call the items")
-    seeds: str = HfArg(default="", help="seeds by commas; default: the plan's")
-    only: str = HfArg(default="", help="these runs alone, by commas, and those they start from; default: all")
-    jobs: int = HfArg(default=1, help="runs at a time")
-    table: bool = HfArg(default=False, help="print the table of what is finished, run nothing")
-
-
-class Data:
-    """The files of a data set as the launchers' variables."""
-
-    def __init__(self, folder: str):
-        self.folder = require_file(folder, "dataset_dir")
-        self.train, self.valid, self.test = (self._one(f"{split}/*.csv") for split in ("train", "valid", "test"))
-        self.info = self._one("info/*.txt")
-        self.index, self.items = (self._one(f"*.{kind}.json", f"index/*.{kind}.json") for kind in ("index", "item"))
-
-    def _one(self, *patterns: str) -> str:
-        found = [path for pattern in patterns for path in self.folder.glob(pattern)]
-        if len(found) != 1:
-            raise UserError(f"{self.folder}: found {len(found)} files like {' or '.join(patterns)}, expected one")
-        return str(found[0])
+    plan: str = option("", "the runs, a YAML file", role=INPUT)
+    dataset_dir: str = option("", "a folder in the published layout, one file of each kind", role=INPUT)
+    output_dir: str = option("", "folder for checkpoints, predictions and logs", role=OUTPUT)
+    bases: str = option("", "the plan's base models: name=folder, separated by commas")
+    category: str = option("", "what the prompts call the items")
+    seeds: str = option("", "seeds separated by commas; default: the plan's")
+    only: str = option("", "only these runs, separated by commas, and those they start from; default: all")
+    jobs: int = option(1, "runs at a time")
+    table: bool = option(False, "print the table of what is finished, run nothing")
 
 
 def read_plan(options: Options) -> tuple[dict, list[int]]:
-    """(runs by name, seeds); raises `UserError` naming the run that cannot be."""
+    """(runs by name, seeds); raises `UserError` naming an invalid run."""
     path = require_file(options.plan, "plan")
     try:
         plan = yaml.safe_load(path.read_text(encoding="utf-8"))
-        runs, seeds = plan["runs"], plan.get("seeds", [42])
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        runs, seeds = {name: dict(settings) for name, settings in plan["runs"].items()}, plan.get("seeds", [42])
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: not a plan ({error!r}); compare it with benchmarks/plans/rl.yaml") from None
     for name, settings in runs.items():
-        stage, start, cf = (settings.get(key) for key in ("stage", *NEEDS))
-        known = stage in ("sft", "sasrec", "rl") and (stage == "rl") == (start is not None) >= (cf is not None)
-        if not known or any(other is not None and other not in runs for other in (start, cf)):
+        stage, start, baseline = (settings.get(key) for key in ("stage", *NEEDS))
+        known = stage in ("sft", "sasrec", "rl") and (stage == "rl") == (start is not None) >= (baseline is not None)
+        if not known or any(other is not None and other not in runs for other in (start, baseline)):
             raise UserError(
-                f"{path}: run {name} has stage {stage!r}, start {start!r} and cf {cf!r}; expected sft or sasrec, or rl "
-                "with another run as its start"
+                f"{path}: run {name} has stage {stage!r}, start {start!r} and baseline {baseline!r}; expected sft or "
+                "sasrec, or rl with another run as its start"
             )
     if options.only:
         wanted = options.only.split(",")
@@ -101,102 +83,110 @@ def read_plan(options: Options) -> tuple[dict, list[int]]:
 
 
 class Experiments:
-    """Runs a plan; `runs.jsonl` in the output folder says what is finished."""
+    """Runs a plan. Each run and seed has a folder with its model, predictions, log and, once scored, its settings."""
 
     def __init__(self, options: Options, runs: dict, seeds: list[int]):
         self.options, self.runs, self.seeds = options, runs, seeds
-        self.data = Data(options.dataset_dir)
+        self.data = files_of(options.dataset_dir)
         self.folder = Path(options.output_dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.bases = dict(part.split("=", 1) for part in options.bases.split(",") if "=" in part)
-        self.lock = threading.Lock()
-        self.log = self.folder / "runs.jsonl"
-        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
-        self.done = {(line["run"], line["seed"]): line for line in map(json.loads, lines)}
 
-    def key(self, name: str) -> dict:
-        """All that makes a run's result, the settings of the runs that it needs included."""
+    def settings(self, name: str) -> dict:
+        """All that the plan says of a run, the settings of the runs that it needs included."""
+        own = self.runs[name]
+        return own | {key: self.settings(own[key]) for key in NEEDS if key in own}
+
+    def place(self, name: str, seed: int) -> Path:
+        return self.folder / f"{name}-{seed}"
+
+    # ---------------------------------------------------------------------------------------- running
+
+    def environment(self, name: str, seed: int) -> dict[str, str]:
+        """The variables of a run's launcher."""
         settings = self.runs[name]
-        return settings | {key: self.key(settings[key]) for key in NEEDS if key in settings}
-
-    def environment(self, name: str, seed: int, place: int) -> dict[str, str]:
-        settings, folder = self.runs[name], self.folder / f"{name}-{seed}"
         env = {
             "TRAIN_FILE": self.data.train, "EVAL_FILE": self.data.valid, "INFO_FILE": self.data.info,
-            "VALID_FILE": self.data.valid, "TEST_FILE": self.data.test,
-            "SID_INDEX_PATH": self.data.index, "ITEM_META_PATH": self.data.items, "CATEGORY": self.options.category,
-            "OUTPUT_DIR": folder / "model", "SEED": seed, "NPROC": 1, "MASTER_PORT": 29600 + place,
+            "VALID_FILE": self.data.valid, "TEST_FILE": self.data.test, "SID_INDEX_PATH": self.data.index,
+            "ITEM_META_PATH": self.data.items, "CATEGORY": self.options.category, "SEED": seed, "NPROC": 1,
+            "OUTPUT_DIR": self.place(name, seed) / "model", "OVERWRITE": True,
         }  # fmt: skip
         if settings["stage"] == "sft":
             if settings["base"] not in self.bases:
                 raise UserError(f"--bases {self.options.bases}: run {name} needs {settings['base']}=folder")
             env["BASE_MODEL"] = self.bases[settings["base"]]
         if settings["stage"] == "rl":
-            env["MODEL_PATH"] = self.folder / f"{settings['start']}-{seed}" / "model"
-            env["CF_PATH"] = self.folder / f"{settings['cf']}-{seed}" / "model" if "cf" in settings else ""
+            env["MODEL_PATH"] = self.place(settings["start"], seed) / "model"
+            env["BASELINE_PATH"] = self.place(settings["baseline"], seed) / "model" if "baseline" in settings else ""
             env["ACCELERATE_CONFIG"] = "config/ddp.yaml" if _has_gpu() else "config/cpu.yaml"
         return {key: str(value) for key, value in (env | settings.get("env", {})).items()}
 
     def launch(self, script: str, env: dict[str, str], log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a", encoding="utf-8") as f:
             code = subprocess.run(["bash", script], env=os.environ | env, stdout=f, stderr=subprocess.STDOUT).returncode
         if code:
-            raise RuntimeError(f"{script} ended with {code}; see {log}")
+            raise RuntimeError(f"{script} exited with code {code}; see {log}")
 
-    def train_and_score(self, name: str, seed: int, place: int, needed: list[Future]) -> None:
+    def train_and_score(self, name: str, seed: int, needed: list[Future]) -> None:
         for future in needed:
             future.result()
-        settings = self.key(name)
-        if (self.done.get((name, seed)) or {}).get("settings") == settings:
-            return
-        started, folder = time.time(), self.folder / f"{name}-{seed}"
-        folder.mkdir(exist_ok=True)
-        env = self.environment(name, seed, place)
-        self.launch(f"{self.runs[name]['stage']}.sh", env, folder / "log.txt")
-        trained = time.time() - started
-        line = {"run": name, "seed": seed, "settings": settings, "seconds": round(trained)}
-        for split in ("valid", "test"):
-            if settings["stage"] == "sasrec":
-                scores = json.loads((Path(env["OUTPUT_DIR"]) / "metrics.json").read_text(encoding="utf-8"))
-                line[split] = scores["valid" if split == "valid" else "item"]
-                continue
-            result = folder / f"{split}.json"
-            scoring = {"BASE_MODEL": env["OUTPUT_DIR"], "TEST_DATA_PATH": getattr(self.data, split), "NUM_BEAMS": "50"}
-            scoring |= {"BATCH_SIZE": "64", "RESULT_JSON_DATA": str(result), "SAMPLE": str(settings.get("rows", -1))}
-            self.launch("evaluate.sh", env | scoring, folder / "log.txt")
-            line[split] = json.loads(result.with_suffix(".metrics.json").read_text(encoding="utf-8"))["item"]
-        with self.lock:
-            self.done[name, seed] = line
-            with open(self.log, "a", encoding="utf-8") as f:
-                f.write(json.dumps(line) + "\n")
-        print(f"{name} seed {seed}: valid NDCG@10 {line['valid']['NDCG@10']:.4f}, {trained:.0f} s", flush=True)
+        settings, folder, env = self.settings(name), self.place(name, seed), self.environment(name, seed)
+        log = folder / "log.txt"
+        self.launch(f"{settings['stage']}.sh", env, log)
+        if settings["stage"] != "sasrec":  # which scores itself
+            for split in ("valid", "test"):
+                scoring = {
+                    "BASE_MODEL": env["OUTPUT_DIR"], "TEST_DATA_PATH": getattr(self.data, split), "NUM_BEAMS": "50",
+                    "BATCH_SIZE": "64", "RESULT_JSON_DATA": str(folder / f"{split}.json"),
+                    "TEST_ROWS": str(settings.get("rows", -1)), "SAMPLE": "",
+                }  # fmt: skip
+                self.launch("evaluate.sh", env | scoring, log)
+        write_json(folder / "settings.json", settings)
+        found = self.found(name, seed)
+        print(
+            f"{name} seed {seed}: valid NDCG@10 {found['valid']['NDCG@10']:.4f}, {found['seconds']:.0f} s", flush=True
+        )
 
     def all(self) -> None:
         futures: dict[tuple[str, int], Future] = {}
         with ThreadPoolExecutor(self.options.jobs) as pool:
-            # What is needed first: a run that waits for another then never keeps that one from a free place.
+            # Runs without a start first, so that no waiting run takes a place from the run that it waits for.
             for name in sorted(self.runs, key=lambda name: "start" in self.runs[name]):
                 for seed in self.seeds:
                     needed = [futures[self.runs[name][key], seed] for key in NEEDS if key in self.runs[name]]
-                    futures[name, seed] = pool.submit(self.train_and_score, name, seed, len(futures), needed)
+                    futures[name, seed] = pool.submit(self.train_and_score, name, seed, needed)
         failed = [f"{name} seed {seed}: {f.exception()}" for (name, seed), f in futures.items() if f.exception()]
         if failed:
             raise UserError(f"{len(failed)} of {len(futures)} runs failed; {failed[0]}")
 
+    # ---------------------------------------------------------------------------------------- tables
+
+    def found(self, name: str, seed: int) -> dict | None:
+        """{"valid": metrics, "test": metrics, "seconds": of training}; None if it is not finished with these settings."""
+        folder = self.place(name, seed)
+        if read_record(folder / "settings.json") != json.loads(json.dumps(self.settings(name))):
+            return None
+        if self.runs[name]["stage"] == "sasrec":
+            scores = read_json(folder / "model" / "metrics.json", "output_dir")
+            parts = {"valid": scores["valid"], "test": scores["item"]}
+        else:
+            parts = {s: read_json(folder / f"{s}.metrics.json", "output_dir")["item"] for s in ("valid", "test")}
+        return parts | {"seconds": read_record(folder / "model" / RECORD).get("seconds", 0)}
+
     def table(self) -> str:
-        """Mean and standard deviation over seeds, in units of 1e-4, a line for each run."""
+        """Mean and standard deviation over seeds, in units of 1e-4, one line per run."""
         lines = ["| run | seeds | " + " | ".join(COLUMNS) + " | s |", "|---" * (len(COLUMNS) + 3) + "|"]
         for name in self.runs:
-            found = [self.done[name, seed] for seed in self.seeds if (name, seed) in self.done]
+            found = list(filter(None, (self.found(name, seed) for seed in self.seeds)))
             if not found:
                 continue
             cells = []
             for column in COLUMNS:
                 split, metric = column.split()
-                values = [line[split][metric] * 1e4 for line in found]
+                values = [result[split][metric] * 1e4 for result in found]
                 spread = f" ±{statistics.stdev(values):.0f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.0f}{spread}")
-            seconds = statistics.mean(line["seconds"] for line in found)
+            seconds = statistics.mean(result["seconds"] for result in found)
             lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + f" | {seconds:.0f} |")
         return "\n".join(lines)
 
@@ -206,9 +196,11 @@ class Experiments:
         lines += ["|---" * (len(COLUMNS) + 2) + "|"]
         for name, settings in self.runs.items():
             start = settings.get("start")
-            seeds = [seed for seed in self.seeds if {(name, seed), (start, seed)} <= self.done.keys()]
-            if not start or not seeds or settings.get("rows") or self.runs[start].get("rows"):
-                continue  # rows drawn by seed are others for each seed
+            if not start or settings.get("rows") or self.runs[start].get("rows"):
+                continue  # rows that are drawn differ between seeds
+            seeds = [seed for seed in self.seeds if self.found(name, seed) and self.found(start, seed)]
+            if not seeds:
+                continue
             cells = []
             for column in COLUMNS:
                 split, metric = column.split()
@@ -225,12 +217,8 @@ class Experiments:
     @functools.cache  # noqa: B019 an object lives as long as the process
     def gains(self, name: str, seed: int, split: str) -> np.ndarray:
         """(rows, METRICS): the metrics of each row by itself, by item."""
-        rows = pl.read_parquet(self.folder / f"{name}-{seed}" / f"{split}.parquet")
-        ranks = []
-        for groups, target in zip(rows["predict_item_id"].to_list(), rows["item_id"].to_list(), strict=True):
-            items = [item for group in groups for item in group]
-            ranks.append(items.index(target) if target in items else metrics.MISSED)
-        distinct, inverse = np.unique(ranks, return_inverse=True)
+        with np.load(self.place(name, seed) / f"{split}.ranks.npz") as arrays:
+            distinct, inverse = np.unique(arrays["all_item"], return_inverse=True)
         return np.array([list(metrics.table(np.array([rank])).values()) for rank in distinct])[inverse]
 
 

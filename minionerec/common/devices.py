@@ -28,3 +28,11 @@ def device_has_bf16() -> bool:
 def wants_bf16() -> bool:
     """Whether training runs in bf16: the device computes in it, or an accelerate config asks for it."""
     return device_has_bf16() or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+
+
+def use_one_gpu(args):
+    """`args` (`TrainingArguments`) with one GPU per process. On several, transformers would use DataParallel, silently."""
+    if args.n_gpu > 1:
+        print(f"one process uses one of the {args.n_gpu} GPUs; the launcher (sft.sh, rl.sh) starts one process per GPU")
+        args._n_gpu = 1
+    return args

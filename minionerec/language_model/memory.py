@@ -1,4 +1,4 @@
-"""What a training run will cost, said before it starts, and refused where it cannot fit the device."""
+"""What a training run costs: printed before it starts, and refused where it cannot fit the device."""
 
 import torch
 from transformers import TrainingArguments
@@ -10,14 +10,15 @@ GIB = 2**30
 
 
 def memory_estimate(model, lines: Lines, micro_batch_size: int, bf16: bool, checkpointing: bool) -> dict[str, int]:
-    """Bytes on one device without sharding: `state`, `activations`, `logits`.
+    """Bytes on one device without sharding: `state`, `activations`, `logits`. An upper estimate, for the longest rows.
 
-    state: 4 bytes a parameter, and 12 more (gradient, two moments of AdamW) for each that is trained.
-    activations: what a decoder layer keeps for its backward pass is about 8 vectors of the hidden size and 4 of the
-    intermediate size a token (norms, q, k, v, attention, two residuals; gate, up, activation, product); with
-    checkpointing one hidden vector a layer, and one layer's worth. logits: three float32 arrays (answer tokens,
-    vocabulary): the logits, their float copy and its gradient. It is for the longest rows, so rather more than the
-    peak; `benchmarks.sft_step` prints both.
+    state: 4 bytes per parameter, and 12 more per trained one (gradient, two moments of AdamW).
+    activations: per token, a decoder layer keeps about 8 vectors of the hidden size (norms, q, k, v, attention, two
+    residuals) and 4 of the intermediate size (gate, up, activation, product) for its backward pass. With checkpointing
+    it is one hidden vector per layer, and one full layer.
+    logits: three float32 arrays (answer tokens, vocabulary): the logits, their float copy and its gradient.
+
+    `benchmarks.sft_step` prints estimate and peak.
     """
     config = model.config.get_text_config()
     parameters = sum(p.numel() for p in model.parameters())
@@ -38,10 +39,10 @@ def memory_estimate(model, lines: Lines, micro_batch_size: int, bf16: bool, chec
 
 
 def check_and_print(model, new_ids: list[int], lines: Lines, order: EpochOrder, args: TrainingArguments) -> None:
-    """Print, on the first process, parameters, rows, tokens, steps, padding and memory.
+    """Print parameters, rows, tokens, steps, padding and memory, on the first process.
 
-    Raises `UserError` if a row is longer than the model's positions, or the weights with their optimizer state do not
-    fit the device.
+    Raises `UserError` where a row is longer than the model's positions, or weights and optimizer state exceed the
+    device's memory.
     """
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)

@@ -1,4 +1,8 @@
-"""TODO."""
+"""SFT rows as token ids, in bulk and cached, equal to what `tokenizer(text)` gives.
+
+Prompts repeat the same SIDs and titles, so they are cut into pieces and each distinct piece is tokenised once. Pieces are
+only used where joining their ids gives the ids of the whole prompt (`cut`); otherwise whole prompts are tokenised.
+"""
 
 import hashlib
 import re
@@ -21,18 +25,24 @@ class Rows(NamedTuple):
 
     tokens: np.ndarray  # (all tokens,) int32
     start: np.ndarray  # (rows + 1,) int64
-    answer: np.ndarray  # (rows,) int32, tokens; the end of sequence counts
+    answer: np.ndarray  # (rows,) int32, tokens, including the end of sequence
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each row."""
         return np.diff(self.start)
 
-    def trimmed(self, cutoff_len: int) -> "Rows":
-        """The rows with at most `cutoff_len` tokens: a longer prompt loses its beginning."""
+    def trimmed(self, cutoff_len: int, pairs: Sequence[Pair] = ()) -> "Rows":
+        """The rows with at most `cutoff_len` tokens: a longer prompt loses its beginning.
+
+        Raises `UserError` where an answer leaves no room for a prompt; `pairs`, the rows' texts, are for its message.
+        """
         if len(self.answer) and self.answer.max() >= cutoff_len:
+            row = int(self.answer.argmax())
+            answer = f" {pairs[row][1][:60]!r}" if pairs else ""
             raise UserError(
-                f"--cutoff_len {cutoff_len} leaves no room beside an answer of {self.answer.max()} tokens; raise it"
+                f"--cutoff_len {cutoff_len}: the answer{answer} of row {row} has {self.answer[row]} tokens, which leaves no "
+                "room for a prompt; raise it, or shorten the text"
             )
         kept = np.minimum(self.lengths, cutoff_len)
         return Rows(_take(self.tokens, self.start[1:] - kept, kept), _starts(kept), self.answer)
@@ -43,16 +53,15 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
 
 
 def _take(values: np.ndarray, begin: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """`values[begin[i]:begin[i] + lengths[i]]` for every i, one after the other."""
+    """`values[begin[i]:begin[i] + lengths[i]]` for every i, concatenated."""
     shift = np.repeat(begin - _starts(lengths)[:-1], lengths)
     return values[shift + np.arange(len(shift))]
 
 
 def tokenize(pairs: Sequence[Pair], tokenizer, suffix: str, separator: str) -> Rows:
-    """Rows of (prompt, answer) pairs: prompt, answer, `suffix`, end of sequence; the ids that `tokenizer` gives them.
+    """Rows of (prompt, answer) pairs, each `tokenizer(prompt)`, then the ids of answer + `suffix`, then end of sequence.
 
-    Prompts repeat the same SIDs and titles over and over, so they are cut and each distinct piece is tokenised once
-    (`cut`). Where pieces would not give the same ids, prompts are tokenised whole.
+    separator: what stands between the titles of a history, where prompts may be cut.
     """
     prompts = pl.Series([prompt for prompt, _ in pairs])
     answers = pl.Series([answer + suffix for _, answer in pairs])
@@ -69,7 +78,7 @@ def tokenize(pairs: Sequence[Pair], tokenizer, suffix: str, separator: str) -> R
     lengths = np.array([len(ids) for ids in encoded])
     values, begin = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in encoded]), _starts(lengths)[:-1]
 
-    # every row as pieces: what the tokenizer puts first, the prompt's, what it puts last, answer, end of sequence
+    # each row as pieces: the tokenizer's prefix, the prompt's pieces, the tokenizer's suffix, answer, end of sequence
     n, frame = len(pairs), len(encoded) - 3
     ends = np.cumsum(pieces.counts + 4)
     begins = ends - pieces.counts - 4
@@ -87,17 +96,17 @@ def _ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _special_ids(tokenizer) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text of its own accord, such as a beginning of sequence."""
+    """The ids that the tokenizer adds before and after a text, such as a beginning of sequence."""
     framed, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     before = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
     return framed[:before], framed[before + len(bare) :]
 
 
 class Pieces(NamedTuple):
-    """Texts as pieces which, joined, are the text."""
+    """Texts cut into pieces."""
 
     texts: list[str]  # the distinct pieces
-    index: np.ndarray  # (all pieces,) which of them, text by text
+    index: np.ndarray  # (all pieces,) places in `texts`, text by text
     counts: np.ndarray  # (texts,) pieces of each text
 
     @classmethod
@@ -108,24 +117,24 @@ class Pieces(NamedTuple):
         return cls(encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64), counts)
 
 
-SAMPLE = 256  # prompts that are tokenised whole as well
+SAMPLE = 256  # prompts that are tokenised whole too, to compare
 _MARK = "\x01"  # where a text is cut
 _LAST_WORD, _FIRST_WORD = re.compile(r"\S*\s*\Z"), re.compile(r"\s*\S*")
 
 
 def cut(prompts: pl.Series, tokenizer, separator: str) -> tuple[Pieces, list[list[int]]] | None:
-    """`prompts` cut so that the ids of the pieces, joined, are those of the prompts; None where no such cut is known.
+    """Cut `prompts` so that the joined ids of the pieces are the ids of the prompts.
 
-    Returns the pieces, and the ids of each distinct one.
+    Returns the pieces and the ids of each distinct one; None where no such cut is known.
 
-    A tokenizer always cuts beside its added tokens, here the SIDs'. Before the space of the `separator` of titles it
-    is cut if the pre-tokenizer cuts there too, whatever words meet there. A sample is tokenised whole, to see that the
-    tokenizer does not treat the beginning of a text in a way of its own.
+    A tokenizer always splits a text at added tokens, here the SID tokens. It splits before the space of the titles'
+    `separator` if its pre-tokenizer does so whichever words meet there. A sample of prompts is also tokenised whole,
+    because some tokenizers treat the beginning of a text differently.
     """
     sids = {token for token in tokenizer.get_added_vocab() if SID_TOKEN.fullmatch(token)}
     if prompts.str.contains(_MARK, literal=True).any():
         return None
-    apart = prompts  # marked beside every angle bracket; one that is no SID token's is found below
+    apart = prompts  # marked at every angle bracket; brackets that belong to no SID token are found below
     for found, marked in ((">", f">{_MARK}"), ("<", f"{_MARK}<"), (_MARK * 2, _MARK)):
         apart = apart.str.replace_all(found, marked, literal=True)
     sample = range(0, len(prompts), max(1, len(prompts) // SAMPLE))
@@ -134,7 +143,7 @@ def cut(prompts: pl.Series, tokenizer, separator: str) -> tuple[Pieces, list[lis
     def tried(marked: pl.Series) -> tuple[Pieces, list[list[int]]] | None:
         pieces = Pieces.of(marked.str.split(_MARK))
         if any(("<" in text or ">" in text) and text not in sids for text in pieces.texts):
-            return None  # a bracket that is no SID token's
+            return None  # a bracket that belongs to no SID token
         starts = _starts(pieces.counts)
         if not _pre_tokenizer_agrees(pieces, starts, sids, tokenizer.backend_tokenizer):
             return None
@@ -151,9 +160,9 @@ def cut(prompts: pl.Series, tokenizer, separator: str) -> tuple[Pieces, list[lis
 
 
 def _pre_tokenizer_agrees(pieces: Pieces, starts: np.ndarray, sids: set[str], backend) -> bool:
-    """Whether the pre-tokenizer cuts between all neighbouring pieces of which neither is a SID token.
+    """Whether the pre-tokenizer splits between all neighbouring pieces of which neither is a SID token.
 
-    It is asked about the words that meet there, each of them beside some that it meets, a pair on a line of its own.
+    Asked for the words at both sides of each cut: every word at least once, with up to four of its neighbours.
     """
     plain = np.array([bool(text) and text not in sids for text in pieces.texts])[pieces.index]
     meets = plain[:-1] & plain[1:]
@@ -174,7 +183,7 @@ def _pre_tokenizer_agrees(pieces: Pieces, starts: np.ndarray, sids: set[str], ba
 
 
 def _first_few(values: np.ndarray, few: int = 4) -> np.ndarray:
-    """True for the first `few` places of each value. (n,) -> (n,)."""
+    """True at the first `few` occurrences of each value. (n,) -> (n,)."""
     order = np.argsort(values, kind="stable")
     ranked = values[order]
     mask = np.empty(len(values), dtype=bool)
@@ -183,7 +192,7 @@ def _first_few(values: np.ndarray, few: int = 4) -> np.ndarray:
 
 
 def tokenize_cached(pairs: Sequence[Pair], tokenizer, suffix: str, separator: str, cache_dir: str | Path) -> Rows:
-    """`tokenize`, kept in `cache_dir` under a digest of the texts and the tokenizer; an empty `cache_dir` keeps none."""
+    """`tokenize`, cached in `cache_dir` under a digest of the texts and the tokenizer; no cache where it is empty."""
     if not cache_dir:
         return tokenize(pairs, tokenizer, suffix, separator)
     digest = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16)
@@ -200,3 +209,23 @@ def tokenize_cached(pairs: Sequence[Pair], tokenizer, suffix: str, separator: st
     with atomic_file(path, "wb") as f:
         np.savez(f, **rows._asdict())
     return rows
+
+
+COMPARED = 64  # rows that `check_rows` compares
+
+
+def check_rows(rows: Rows, pairs: Sequence[Pair], tokenizer, suffix: str) -> None:
+    """Compare a sample of rows with `tokenizer(text)`, which is what validation and evaluation prompt with.
+
+    Raises `UserError` at the first row that differs: the model would be trained on prompts that it never gets again.
+    """
+    for row in range(0, len(pairs), max(1, len(pairs) // COMPARED)):
+        prompt, answer = pairs[row]
+        expected = tokenizer(prompt)["input_ids"] + tokenizer(answer + suffix, add_special_tokens=False)["input_ids"]
+        expected.append(tokenizer.eos_token_id)
+        found = rows.tokens[rows.start[row] : rows.start[row + 1]].tolist()
+        if found != expected or rows.answer[row] > len(expected):
+            raise UserError(
+                f"row {row}, prompt {prompt[:60]!r}: tokenised in bulk it has {len(found)} tokens, by the tokenizer "
+                f"{len(expected)}, and they differ; empty --cache_dir, and check the tokenizer.json of --base_model"
+            )

@@ -1,18 +1,23 @@
-"""benchmarks/baselines.py: chosen on valid, tested once for each seed, killed and continued, refusals."""
+"""benchmarks/baselines.py: chosen on valid, trained once for each seed, killed and continued, refusals.
 
-import dataclasses
+Invariants: the best combination on valid is the one that is trained with every seed; figures are those of sasrec.py;
+finished trainings are not repeated, those of other data or settings are; a wrong grid is one line and trains nothing.
+"""
+
 import json
 import shutil
 import statistics
-import sys
 
 import pytest
 import yaml
+from helpers import run_stage
 
 import sasrec
 from benchmarks import baselines
 from benchmarks.baselines import Options
-from minionerec.baselines.training import fit
+from minionerec.baselines import training
+from minionerec.baselines.options import TRAINED
+from minionerec.common.errors import UserError
 
 GRID = {"sasrec": {"hidden_size": 8, "epochs": 15, "learning_rate": [1e-5, 0.02]}}
 GRID["gru4rec"] = {"hidden_size": [8, 4], "num_layers": 1, "epochs": 1, "max_history": 3}
@@ -28,8 +33,8 @@ def options(world, tmp_path):
 @pytest.fixture
 def trainings(monkeypatch):
     """The options of every training that happens."""
-    done, fit = [], fit
-    monkeypatch.setattr(sasrec, "fit", lambda o, *rest: done.append(o) or fit(o, *rest))
+    done, fit = [], training.fit
+    monkeypatch.setattr(training, "fit", lambda o, *rest: done.append(o) or fit(o, *rest))
     return done
 
 
@@ -37,54 +42,58 @@ def table_of(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def lines_of(options) -> list[dict]:
-    return [json.loads(line) for line in open(f"{options.output_dir}/runs.jsonl")]
-
-
-def test_the_best_on_valid_is_tested_with_every_seed(options, trainings, capsys):
+def test_the_best_on_valid_is_trained_with_every_seed(options, trainings, world, tmp_path, capsys):
     baselines.main(options)
-    results, runs = table_of(capsys), lines_of(options)
+    results = table_of(capsys)
     assert list(results) == ["popularity", "markov", "sasrec", "gru4rec"]
     assert len(trainings) == 2 + 2 + 2 * 2
+    assert results["sasrec"]["settings"]["learning_rate"] == 0.02  # the other hardly moves
     for model in ("sasrec", "gru4rec"):
-        tuned = [r for r in runs if r["key"]["model"] == model and not r["key"]["test"]]
-        tested = [r for r in runs if r["key"]["model"] == model and r["key"]["test"]]
-        assert all("test" not in r["result"] and r["key"]["seed"] == 1 for r in tuned)
-        best = max(tuned, key=lambda r: r["result"]["valid_ndcg"])["key"]["settings"]
-        assert len({json.dumps(r["key"]["settings"]) for r in tuned}) == 2
-        assert [(r["key"]["settings"], r["key"]["seed"]) for r in tested] == [(best, 4), (best, 5)]
-        assert results[model]["settings"].items() <= best.items()
-        for part in ("valid", "test"):
-            values = [r["result"][part]["NDCG@10"] for r in tested]
+        assert results[model]["settings"] in baselines.read_grid(options.grid, [model])[model]
+        assert len(results[model]["grid"]) == 2
+        own = [o for o in trainings if o.model == model and o.seed in (4, 5)]
+        found = [json.loads(open(f"{o.output_dir}/metrics.json").read()) for o in own]
+        assert len(found) == 2
+        for part, key in (("valid", "valid"), ("test", "item")):
+            values = [metrics[key]["NDCG@10"] for metrics in found]
             assert results[model][part]["NDCG@10"] == pytest.approx(statistics.mean(values))
             assert results[model][f"{part} ±"]["NDCG@10"] == pytest.approx(statistics.stdev(values))
-            assert all(r["result"]["valid"]["NDCG@10"] == r["result"]["valid_ndcg"] for r in tested)
-    assert results["sasrec"]["settings"]["learning_rate"] == 0.02  # the other hardly moves
 
-
-def test_its_numbers_are_those_of_the_script(options, world, tmp_path, capsys):
-    baselines.main(options)
-    results, runs = table_of(capsys), lines_of(options)
+    # the same figures as the script's
     files = {f"{name}_file": str(getattr(world, name)) for name in ("train", "valid", "test", "info")}
-    common = files | {"output_dir": str(tmp_path / "script"), "device": "cpu"}
+    common = files | {"output_dir": str(tmp_path / "script"), "device": "cpu", "overwrite": True}
     sasrec.main(sasrec.Options(**common, model="sasrec", seed=5, **results["sasrec"]["settings"]))
     script = json.loads((tmp_path / "script" / "metrics.json").read_text())
-    [run] = [r["result"] for r in runs if r["key"]["test"] and r["key"]["model"] == "sasrec" and r["key"]["seed"] == 5]
-    assert run["test"] == script["item"] and run["valid"] == script["valid"]
+    [run] = [o.output_dir for o in trainings if (o.model, o.seed) == ("sasrec", 5) and "script" not in o.output_dir]
+    found = json.loads(open(f"{run}/metrics.json").read())
+    assert (found["item"], found["valid"]) == (script["item"], script["valid"])
     sasrec.main(sasrec.Options(**common, model="markov"))
     assert results["markov"]["test"] == json.loads((tmp_path / "script" / "metrics.json").read_text())["item"]
 
 
-def test_a_killed_command_goes_on_to_the_same_end(options, trainings, capsys):
+def test_a_killed_command_continues_to_the_same_end(options, trainings, capsys):
+    class Killed(BaseException):
+        """Not caught by anything."""
+
     baselines.main(options)
-    whole, path = table_of(capsys), f"{options.output_dir}/runs.jsonl"
-    text = open(path).read()
-    open(path, "w").write(text[: text.index("\n", len(text) // 2) + 30])  # half the lines, and a piece of one
-    kept = text[: text.index("\n", len(text) // 2)].count("\n") + 1
+    whole = table_of(capsys)
+    shutil.rmtree(options.output_dir)
+    fit, left = training.fit, [3]
+
+    def dies(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return fit(*arguments)
+
+    training.fit = dies
+    with pytest.raises(Killed):
+        baselines.main(options)
+    training.fit = fit
     del trainings[:]
     baselines.main(options)
     again = table_of(capsys)
-    assert len(trainings) == 8 - kept
+    assert len(trainings) == 8 - 3
     for result in (*whole.values(), *again.values()):
         result.pop("seconds", None)
     assert again == whole
@@ -93,17 +102,17 @@ def test_a_killed_command_goes_on_to_the_same_end(options, trainings, capsys):
     assert not trainings
 
 
-def test_shards_share_the_grid_and_leave_test_alone(options, trainings, capsys):
+def test_shards_divide_the_grid(options, trainings, capsys):
     for options.shard, done in (("0/3", 2), ("1/3", 3), ("2/3", 4)):
         baselines.main(options)
-        assert len(trainings) == len(lines_of(options)) == done
-    assert not any(r["key"]["test"] for r in lines_of(options))
+        assert len(trainings) == done
+    assert {o.seed for o in trainings} == {1}
     options.shard = ""
     baselines.main(options)
     assert len(trainings) == 8
 
 
-def test_other_data_or_settings_are_trained_anew(options, world, trainings, tmp_path, monkeypatch):
+def test_other_data_or_settings_are_trained_again(options, world, trainings, tmp_path):
     options.models, options.seeds = "gru4rec", "4"
     baselines.main(options)
     assert len(trainings) == 3
@@ -113,22 +122,14 @@ def test_other_data_or_settings_are_trained_anew(options, world, trainings, tmp_
     options.dataset_dir = str(tmp_path / "copy")
     baselines.main(options)
     assert len(trainings) == 6
-    monkeypatch.setattr(sasrec.Options.__init__, "__defaults__", with_default("dropout", 0.4))
-    baselines.main(options)  # what the grid leaves out counts too
-    assert len(trainings) == 9 and trainings[-1].dropout == 0.4
+    [first, *_] = (tmp_path / "out" / "gru4rec").glob("*-1.1/metrics.json")  # the old ones moved aside
+    assert first.exists()
 
 
-def with_default(flag: str, value) -> tuple:
-    """The defaults of sasrec.Options with one changed."""
-    names = [f.name for f in dataclasses.fields(sasrec.Options) if f.default is not dataclasses.MISSING]
-    return tuple(
-        value if n == flag else old for n, old in zip(names, sasrec.Options.__init__.__defaults__, strict=True)
-    )
-
-
-def test_the_grid_of_the_repository_is_valid_and_holds_every_model():
-    grid = baselines.read_grid("config/baselines.yaml", list(baselines.MODELS))
-    assert set(grid) == set(baselines.MODELS) and all(grid.values())
+def test_the_grid_of_the_repository_is_valid_and_has_every_model():
+    for name, models in (("baselines", TRAINED), ("baselines_movielens", TRAINED)):
+        grid = baselines.read_grid(f"config/{name}.yaml", list(models))
+        assert set(grid) == set(models) and all(grid.values())
 
 
 BAD = {
@@ -137,27 +138,35 @@ BAD = {
     "shard": ({"shard": "3/3"}, "--shard 3/3"),
     "folder": ({"dataset_dir": "nowhere"}, "nowhere: no such file"),
     "grid": ({"grid": "nowhere.yaml"}, "nowhere.yaml: no such file"),
+    "output": ({"output_dir": ""}, "--output_dir is required"),
     "no settings": ("gru4rec: {}", "found no settings of sasrec"),
-    "unknown flag": ("sasrec: {depth: 2}", "found depth: 2, expected one of"),
-    "not a flag for grids": ("sasrec: {seed: 2}", "found seed: 2, expected one of"),
-    "type": ("sasrec: {hidden_size: [8, wide]}", "expected values of type int"),
-    "text number": ("sasrec: {learning_rate: 1e-3}", "expected values of type float"),
+    "unknown option": ("sasrec: {depth: 2}", "found depth: [2], expected values of an option of sasrec.py"),
+    "not for grids": ("sasrec: {seed: 2}", "found seed: [2], expected values"),
+    "no setting": ("sasrec: {output_dir: x}", "found output_dir: ['x'], expected values"),
+    "no value": ("sasrec: {epochs: []}", "found epochs: []"),
+    "type": ("sasrec: {hidden_size: [8, wide]}", "invalid int value: 'wide'"),
     "value": ("sasrec: {num_heads: 3}", "a multiple of --num_heads 3"),
     "yaml": ("sasrec: {", "not YAML"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_ends_in_one_line(options, case, tmp_path, monkeypatch, capsys, trainings):
+def test_wrong_options_train_nothing(options, case, tmp_path, trainings):
     changes, message = BAD[case]
     if isinstance(changes, str):
         (tmp_path / "grid.yaml").write_text(changes)
         changes = {}
-    flags = {name: getattr(options, name) for name in ("dataset_dir", "output_dir", "models", "grid")} | changes
-    monkeypatch.setattr(sys, "argv", ["baselines", *(p for f, v in flags.items() for p in (f"--{f}", v))])
-    with pytest.raises(SystemExit) as stopped:
-        baselines.run(baselines.main, Options)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert error.count("\n") == 1 and message in error, error
-    assert not trainings
+    for name, value in changes.items():
+        setattr(options, name, value)
+    with pytest.raises(UserError) as refused:
+        baselines.main(options)
+    assert message in str(refused.value) and not trainings and not (tmp_path / "out").exists()
+
+
+def test_the_command(options, tmp_path):
+    (tmp_path / "grid.yaml").write_text("caser: {hidden_size: 4, epochs: 1, filter_sizes: '2'}")
+    given = {"dataset_dir": options.dataset_dir, "output_dir": options.output_dir, "grid": options.grid}
+    given |= {"models": "caser", "seeds": "1", "json": "True", "device": "cpu"}
+    done = run_stage("benchmarks.baselines", *(f"--{name}={value}" for name, value in given.items()))
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert results["caser"]["test ±"]["HR@10"] == 0 and set(results) == {"popularity", "markov", "caser"}

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import polars as pl
 import pytest
@@ -37,6 +38,7 @@ class Options(StageOptions):
     lr: float = option(1e-3, "peak learning rate, 100 % of it", aliases=["--learning_rate", "--rate"])
     layers: list[int] = option([256, 128], "hidden sizes")
     tied: bool = option(True, "tie the embeddings")
+    loss: Literal["mse", "l1"] = option("mse", "reconstruction loss")
     seed: int = option(42, "seed")
     output_dir: str = option("", "folder", role=OUTPUT)
 
@@ -120,6 +122,7 @@ def test_every_option_can_be_a_variable():
         (["--seed", "4294967296"], "--seed 4294967296: expected 0 to"),
         (["--seed", "9" * 5000], "invalid int value"),
         (["--tied", "maybe"], "maybe"),
+        (["--loss", "l2"], "invalid choice: 'l2' (choose from 'mse', 'l1')"),
         (["--lr"], "expected one argument"),
     ],
 )
@@ -163,7 +166,12 @@ def test_help(capsys, monkeypatch):
     assert "Train a model, in two lines.\n" in text and "python x.py" not in text
     assert "--lr, --learning_rate, --rate float" in text and "100 % of it (default: 0.001)" in text
     assert "--train_file str" in text and "(default: )" not in text and "--no_tied" not in text
-    assert "--tied True|False" in text and "--layers int …" in text and "--train-file" not in text
+    assert (
+        "--tied True|False" in text
+        and "--loss mse|l1" in text
+        and "--layers int …" in text
+        and "--train-file" not in text
+    )
 
 
 # ------------------------------------------------------------------------------------------------ errors of others
