@@ -136,7 +136,15 @@ class Prompts:
         wording = self.tasks[task]
         instruction = wording["instruction"].format(category=self.category)
         asked = wording["input"].format(category=self.category, **fields)
-        return f"{self.instruction_marker}{instruction}{self.input_marker}{asked}{self.response_marker}"
+        marker = wording.get("response_marker", self.response_marker)
+        return f"{self.instruction_marker}{instruction}{self.input_marker}{asked}{marker}"
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer of `sid_seq` follows the history directly, so that a user's rows are one sequence."""
+        wording = self.tasks["sid_seq"]
+        marker = wording.get("response_marker", self.response_marker)
+        return not (marker or self.sid_separator or self.response_suffix) and wording["input"].endswith("{history}")
 
     def sid_history(self, history: Sequence[int], items: Items) -> str:
         return self.sid_separator.join(items.sids[i] for i in history)
@@ -174,11 +182,16 @@ def read_template(path: str | Path) -> dict:
         if not isinstance(name, str) or not isinstance(text, str):
             refuse(f"categories: {name}", text, "a text for a name")
     for task, wording in template["tasks"].items():
-        if not isinstance(wording, dict) or set(wording) != {"instruction", "input"}:
-            refuse(f"tasks: {task}", wording, "the keys instruction and input")
+        keys = set(wording) if isinstance(wording, dict) else set()
+        if keys - {"response_marker"} != {"instruction", "input"}:
+            refuse(f"tasks: {task}", wording, "the keys instruction and input, and response_marker or not")
         needed = {TASKS[task].field} if task in TASKS else set()
         allowed = {"instruction": set(), "input": needed or set(FIELDS)}
-        for key, text in wording.items():
+        marker = wording.get("response_marker", "")
+        if not isinstance(marker, str):
+            refuse(f"tasks: {task}: response_marker", marker, "a text")
+        for key in ("instruction", "input"):
+            text = wording[key]
             found = fields_of(text)
             if found is None or not (needed if key == "input" else set()) <= found <= {*allowed[key], "category"}:
                 names = [f"{{{name}}}" for name in sorted(allowed[key])]

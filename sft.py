@@ -22,6 +22,7 @@ from minionerec.common import runs
 from minionerec.common.errors import UserError
 from minionerec.common.options import INPUT, OUTPUT, RUNTIME, StageOptions, option, run
 from minionerec.common.processes import on_main_process
+from minionerec.decoding.spaces import SPACES
 from minionerec.language_model.file_names import CHECKPOINT_FILES
 
 TEMPLATE = Path(__file__).parent / "config" / "prompt.yaml"
@@ -69,7 +70,16 @@ class Options(StageOptions):
     micro_batch_size: int = option(
         4, "rows per forward pass of one process; evaluation takes 4 times as many", role=RUNTIME
     )
-    num_epochs: float = option(10, "passes over the rows")
+    num_epochs: float = option(10, "passes over the rows; 0: by the number of targets, 16 to 60")
+    time_budget: float = option(0.0, "seconds of training at most, evaluations not counted; 0: no limit")
+    train_space: str = option(
+        "vocab", "what the probabilities of SID tokens are normalised over: vocab, or catalog (what the trie allows)"
+    )
+    dropout: float = option(0.0, "dropout on embeddings and on every attention and feed-forward output")
+    label_smoothing: float = option(0.0, "share of the loss that goes to all allowed tokens alike")
+    ema_decay: float = option(
+        0.0, "evaluate and save an exponential moving average of the weights with this decay; 0: the weights"
+    )
     learning_rate: float = option(3e-4, "peak learning rate")
     lr_scheduler_type: str = option("cosine", f"one of {', '.join(SCHEDULES)}")
     warmup_ratio: float = option(0.05, "share of the steps in which the learning rate rises")
@@ -101,7 +111,7 @@ class Options(StageOptions):
                 "--freeze_LLM True would freeze the random weights of --train_from_scratch True; choose one"
             )
         self.at_least(1, "batch_size", "micro_batch_size", "max_history", "lora_r", "eval_beams")
-        self.at_least(0, "learning_rate", "weight_decay", "early_stopping_patience")
+        self.at_least(0, "learning_rate", "weight_decay", "early_stopping_patience", "time_budget")
         self.at_least(2, "cutoff_len")
         steps = self.eval_step > 0 and (self.eval_step < 1 or self.eval_step.is_integer())
         self.check(
@@ -109,7 +119,11 @@ class Options(StageOptions):
             sid_init=(self.sid_init in ("mean", "text"), "mean or text"),
             report_to=(self.report_to in REPORTERS, " or ".join(REPORTERS)),
             lr_scheduler_type=(self.lr_scheduler_type in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-            num_epochs=(self.num_epochs > 0, "more than 0"),
+            num_epochs=(self.num_epochs >= 0, "more than 0, or 0 for a number by the targets"),
+            train_space=(self.train_space in SPACES, " or ".join(SPACES)),
+            dropout=(0 <= self.dropout < 1, "0 or more and below 1"),
+            label_smoothing=(0 <= self.label_smoothing < 1, "0 or more and below 1"),
+            ema_decay=(0 <= self.ema_decay < 1, "0 or more and below 1"),
             lora_alpha=(self.lora_alpha > 0, "more than 0"),
             lora_dropout=(0 <= self.lora_dropout < 1, "0 or more and below 1"),
             warmup_ratio=(0 <= self.warmup_ratio < 1, "0 or more and below 1"),
@@ -216,6 +230,7 @@ def build_model(options: Options, data):
     from minionerec.language_model.adapters import add_lora, train_new_rows
     from minionerec.language_model.checkpoints import load_model, load_tokenizer, new_model
     from minionerec.language_model.new_tokens import add_tokens, require_sid_tokens
+    from minionerec.language_model.regularization import add_dropout
 
     tokenizer = load_tokenizer(options.base_model, "base_model")
     model = (new_model if options.train_from_scratch else load_model)(options.base_model, "base_model")
@@ -228,13 +243,19 @@ def build_model(options: Options, data):
     elif options.use_lora:
         lora = (options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target_modules)
         model = add_lora(model, new_ids, *lora)
+    if options.dropout:
+        add_dropout(model, options.dropout)
     require_tree_attention(model)  # evaluation and RL decode with it: better refused now than after the training
     return model, tokenizer, new_ids
 
 
 def build_validation(options: Options, data, prompts, tokenizer):
-    """The search that measures HR and NDCG, or None if --metric_for_best_model needs only the loss."""
+    """The search that measures HR and NDCG, or None if --metric_for_best_model needs only the loss.
+
+    Items are ranked by the headline protocol: without those that the user has, if train hardly repeats any.
+    """
     from data import drawn, next_sid_prompts
+    from minionerec.evaluation.protocols import headline
     from minionerec.evaluation.validation import Validation
 
     name = options.metric_for_best_model.removeprefix("eval_")
@@ -243,7 +264,9 @@ def build_validation(options: Options, data, prompts, tokenizer):
     valid = drawn(data.valid, options.eval_rows, options.seed)
     texts = next_sid_prompts(valid, data.items, prompts)
     trie = data.catalog.trie(tokenizer)
-    validation = Validation(texts, valid["target"].to_list(), data.catalog, trie, options.eval_beams)
+    seen = valid["seen"].to_list() if headline(data.train) == "unseen" else None
+    targets = valid["target"].to_list()
+    validation = Validation(texts, targets, data.catalog, trie, options.eval_beams, options.train_space, seen)
     known = [f"{metric}@{k}" for metric in ("HR", "NDCG") for k in validation.cutoffs]
     if name not in known:
         raise UserError(
@@ -254,31 +277,63 @@ def build_validation(options: Options, data, prompts, tokenizer):
 
 
 def build_lines(options: Options, args, data, prompts, tokenizer):
-    """(train lines, validation lines): tokenised rows, packed with --packing. Validation is the task sid_seq."""
-    from data import parse_tasks, sft_pairs
-    from minionerec.language_model.batches import Lines
-    from minionerec.language_model.tokenizing import check_rows, tokenize_cached
+    """(train lines, validation lines): tokenised rows, packed with --packing. Validation is the task sid_seq.
 
-    def lines(weights: dict[str, float], sequences, capacity: int = 0) -> Lines:
+    Where the template lets answers continue histories, sid_seq is trained as whole sequences.
+    """
+    from data import parse_tasks, sft_pairs
+    from minionerec.language_model import sid_sequences
+    from minionerec.language_model.batches import Lines
+    from minionerec.language_model.tokenizing import check_rows, joined, tokenize_cached
+
+    weights, sids = parse_tasks(options.sft_tasks), data.items.sids
+    prefix = prompts.render("sid_seq", history="")
+    if prompts.continues:
+        sid_sequences.check_sequences(data.train, sids, prefix, tokenizer)
+
+    def tokenised(weights: dict[str, float], sequences):
         pairs = sft_pairs(weights, sequences, data.items, prompts, options.seed)
         suffix, separator = prompts.response_suffix, prompts.title_separator
         with args.main_process_first(desc="tokenising"):
             rows = tokenize_cached(pairs, tokenizer, suffix, separator, options.cache_dir)
         check_rows(rows, pairs, tokenizer, suffix)
-        return Lines(rows.trimmed(options.cutoff_len, pairs), capacity)
+        return rows.trimmed(options.cutoff_len, pairs)
 
-    train = lines(parse_tasks(options.sft_tasks), data.train, options.cutoff_len if options.packing else 0)
-    return train, lines({"sid_seq": 1}, data.valid)
+    parts = []
+    if prompts.continues and "sid_seq" in weights:
+        copies, whole = round(weights.pop("sid_seq")), None
+        whole = sid_sequences.sequence_rows(data.train, sids, prefix, tokenizer, options.max_history)
+        parts += [whole.trimmed(options.cutoff_len)] * max(1, copies)
+    if weights:
+        parts.append(tokenised(weights, data.train))
+    train = Lines(joined(parts), options.cutoff_len if options.packing else 0)
+    if prompts.continues:
+        return train, Lines(sid_sequences.single_rows(data.valid, sids, prefix, tokenizer).trimmed(options.cutoff_len))
+    return train, Lines(tokenised({"sid_seq": 1}, data.valid))
 
 
-def build_trainer(options: Options, args, model, tokenizer, lines, order, validation, keep):
+def passes(options: Options, lines, catalog) -> float:
+    """--num_epochs, or for 0 as many passes as show 2.5 million targets, but 16 to 60."""
+    if options.num_epochs:
+        return options.num_epochs
+    targets = lines.rows.answer.sum() / catalog.codes.shape[1]
+    chosen = min(60, max(16, math.ceil(2.5e6 / max(targets, 1))))
+    print(f"--num_epochs 0: {chosen} passes over {targets:,.0f} targets")
+    return chosen
+
+
+def build_trainer(options: Options, args, data, model, tokenizer, lines, order, validation, keep):
     """The trainer of `lines`, (train, valid), in the given order; `keep` looks after its checkpoints."""
     from minionerec.language_model.batches import Collator, packing_collator
-    from minionerec.language_model.sft_trainer import Patience, SFTTrainer
+    from minionerec.language_model.catalog_loss import SidTokens
+    from minionerec.language_model.sft_trainer import Patience, SFTTrainer, TimeBudget
 
-    steps = math.ceil(options.num_epochs * (len(order) // options.batch_size))
+    args.num_train_epochs = passes(options, lines[0], data.catalog)
+    steps = math.ceil(args.num_train_epochs * (len(order) // options.batch_size))
     args.eval_steps = args.save_steps = min(args.eval_steps, steps)  # at least one evaluation
     patience, pad = options.early_stopping_patience, tokenizer.pad_token_id
+    callbacks = [keep, *([Patience(patience)] if patience else [])]
+    callbacks += [TimeBudget(options.time_budget)] if options.time_budget else []
     collator = packing_collator(model, pad) if options.packing else Collator(pad)
     return SFTTrainer(
         model=model,
@@ -289,7 +344,12 @@ def build_trainer(options: Options, args, model, tokenizer, lines, order, valida
         processing_class=tokenizer,
         order=order,
         validation=validation,
-        callbacks=[keep, *([Patience(patience)] if patience else [])],
+        sids=SidTokens(data.catalog.trie(tokenizer), model.get_input_embeddings().weight.shape[0])
+        if options.train_space == "catalog"
+        else None,
+        smoothing=options.label_smoothing,
+        average=options.ema_decay,
+        callbacks=callbacks,
     )
 
 
@@ -317,10 +377,10 @@ def main(options: Options) -> None:
     memory.check_and_print(model, new_ids, lines[0], order, args)
 
     # ---- training
-    settings = checkpoints.Settings(options.category, options.max_history)
+    settings = checkpoints.Settings(options.category, options.max_history, options.train_space)
     resumed_from = checkpoints.resume_point(options.output_dir, options.resume_from_checkpoint, record.resume)
     keep = checkpoints.KeepCheckpoints(prompts.path, settings, resumed_from)
-    trainer = build_trainer(options, args, model, tokenizer, lines, order, validation, keep)
+    trainer = build_trainer(options, args, data, model, tokenizer, lines, order, validation, keep)
     trainer.train(resume_from_checkpoint=resumed_from)
 
     # ---- the best weights

@@ -12,26 +12,47 @@ from minionerec.catalog.trie import Trie
 from minionerec.decoding.lm_head import LMHead, allowed_log_probs
 
 
+class SidTokens:
+    """The levels and trie nodes of SID tokens, found from the tokens of whole SIDs."""
+
+    def __init__(self, trie: Trie, vocabulary: int):
+        self.trie, self.vocabulary = trie, vocabulary
+        self.level = torch.full((vocabulary,), -1)  # of each token id, -1 for one that is in no SID
+        for level, (low, high) in enumerate(trie.columns):
+            self.level[trie.tokens[low:high].cpu()] = level
+        parent = torch.repeat_interleave(torch.arange(len(trie.leaf)), (trie.start[1:] - trie.start[:-1]).cpu())
+        self.edges = parent * vocabulary + trie.child_token.cpu()  # sorted: edge e goes to node e + 1
+
+    def to(self, device) -> "SidTokens":
+        self.trie, self.level, self.edges = self.trie.to(device), self.level.to(device), self.edges.to(device)
+        return self
+
+    def paths(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(node before, node after, level) of each of `tokens` (n,), the tokens of whole SIDs one after the other."""
+        level = self.level[tokens]
+        before, after = torch.zeros_like(tokens), torch.zeros_like(tokens)
+        for depth in range(self.trie.depth):
+            own = (level == depth).nonzero().squeeze(1)
+            if depth:
+                before[own] = after[own - 1]
+            after[own] = torch.searchsorted(self.edges, before[own] * self.vocabulary + tokens[own]) + 1
+        return before, after, level
+
+
 def catalog_loss(
-    head: LMHead,
-    hidden: torch.Tensor,
-    trie: Trie,
-    node: torch.Tensor,
-    child: torch.Tensor,
-    level: torch.Tensor,
-    smoothing: float = 0.0,
+    head: LMHead, hidden: torch.Tensor, tokens: torch.Tensor, sids: SidTokens, smoothing: float = 0.0
 ) -> torch.Tensor:
     """The sum over SID tokens, in nats.
 
-    hidden: (tokens, dim), the state that predicts each token; node, child: (tokens,), the trie's nodes before and after
-    it; level: (tokens,), its level, from 0.
+    hidden: (n, dim), the states that predict `tokens` (n,), which are those of whole SIDs, one after the other.
     """
-    total = hidden.new_zeros(())
-    for depth in level.unique().tolist():
-        own = level == depth
-        log_probs, allowed = allowed_log_probs(head, hidden[own], trie, node[own], space="catalog", level=depth)
-        finite = log_probs.masked_fill(~allowed.mask, 0.0)  # (tokens, width)
-        chosen = (allowed.node == child[own, None]) & allowed.mask
+    total = hidden.new_zeros((), dtype=torch.float32)
+    before, after, levels = sids.paths(tokens)
+    for level in range(sids.trie.depth):
+        own = levels == level
+        log_probs, allowed = allowed_log_probs(head, hidden[own], sids.trie, before[own], space="catalog", level=level)
+        finite = log_probs.masked_fill(~allowed.mask, 0.0)  # (tokens of the level, width)
+        chosen = (allowed.node == after[own, None]) & allowed.mask
         total = total - (1 - smoothing) * (finite * chosen).sum()
         if smoothing:
             total = total - smoothing * (finite.sum(dim=-1) / allowed.mask.sum(dim=-1)).sum()

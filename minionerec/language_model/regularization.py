@@ -1,12 +1,18 @@
 """Dropout for architectures that have none in their config, and an exponential moving average of weights."""
 
+from pathlib import Path
+
 import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
 from torch import nn
 from torch.nn.functional import dropout
 
 from minionerec.common.errors import UserError
+from minionerec.common.files import atomic_file
 from minionerec.decoding.lm_head import unwrap_adapter
 
+WEIGHTS = "trained_weights.safetensors"  # in a checkpoint whose model is the average
 BRANCHES = ("self_attn", "attn", "attention", "mlp", "feed_forward")  # submodules whose output joins the residual
 
 
@@ -49,6 +55,22 @@ class MovingAverage:
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.weights.values()], 1 - decay)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the weights themselves beside a checkpoint that holds the average."""
+        tensors = {name: p.detach().cpu().contiguous() for name, p in self.weights.items()}
+        with atomic_file(Path(folder) / WEIGHTS, "wb") as f:
+            f.write(to_safetensors(tensors, {"step": str(self.step)}))
+
+    @torch.no_grad()
+    def load(self, folder: str | Path) -> None:
+        """Restore both from a checkpoint; the model has just been given the average."""
+        path = Path(folder) / WEIGHTS
+        with safe_open(path, "pt") as f:
+            self.step = int(f.metadata()["step"])
+            for name, p in self.weights.items():
+                self.average[name].copy_(p)
+                p.copy_(f.get_tensor(name))
 
     @torch.no_grad()
     def swap(self) -> None:

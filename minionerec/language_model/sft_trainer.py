@@ -9,15 +9,22 @@
 
 import math
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import EarlyStoppingCallback, Trainer
+from torch.nn.functional import cross_entropy
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import speed_metrics
 
 from minionerec.common.errors import UserError
+from minionerec.decoding.lm_head import LMHead
 from minionerec.language_model.batches import IGNORED, EpochOrder
+from minionerec.language_model.catalog_loss import SidTokens, catalog_loss
 from minionerec.language_model.checkpoints import writing
+from minionerec.language_model.regularization import MovingAverage
 
 
 class AnswerLogits:
@@ -27,28 +34,91 @@ class AnswerLogits:
     force. Outside `of` the model is unchanged.
     """
 
-    def __init__(self, model):
-        self.keep: torch.Tensor | None = None  # (lines, length), True where the next token is an answer's
+    def __init__(self, model, sids: SidTokens | None = None, smoothing: float = 0.0):
+        """sids: SID tokens get their loss over the trie (`catalog_loss`) and no logits; None: as all tokens."""
+        self.model, self.sids, self.smoothing = model, sids, smoothing
+        self.keep: torch.Tensor | None = (
+            None  # (lines, length), True where the next token is an answer's and has logits
+        )
+        self.states: torch.Tensor | None = None  # (SID tokens, dim) the states that predict the others
         model.get_output_embeddings().register_forward_pre_hook(self._gather)
 
     def _gather(self, head, arguments):
-        return arguments if self.keep is None else (arguments[0][self.keep],)
+        if self.keep is None:
+            return arguments
+        if self.sids is not None:
+            self.states = arguments[0][self.of_sids]
+        return (arguments[0][self.keep],)
 
     def of(self, labels: torch.Tensor, forward):
         """`forward()` with logits only at the positions that predict a token of `labels`, (lines, length)."""
-        self.keep = torch.zeros_like(labels, dtype=torch.bool)
-        self.keep[:, :-1] = labels[:, 1:] != IGNORED
+        following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        self.keep = following != IGNORED
+        if self.sids is not None:
+            self.sids.to(labels.device)
+            self.of_sids = self.keep & (self.sids.level[following.clamp(min=0)] >= 0)
+            self.keep = self.keep & ~self.of_sids
         try:
             return forward()
         finally:
             self.keep = None
 
+    def loss(self, outputs, labels: torch.Tensor, num_items_in_batch=None, *, smooth: bool = True) -> torch.Tensor:
+        """Cross-entropy of the answer tokens in nats: their sum / `num_items_in_batch`, or their mean.
 
-def answer_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-    """Cross-entropy of the answer tokens in nats: their sum / `num_items_in_batch`, or their mean."""
-    wanted = labels[:, 1:][labels[:, 1:] != IGNORED]
-    total = torch.nn.functional.cross_entropy(outputs.logits.float(), wanted, reduction="sum")
-    return total / (max(len(wanted), 1) if num_items_in_batch is None else num_items_in_batch)
+        Call it with the outputs of the last `of`. smooth: with label smoothing, for training.
+        """
+        wanted = labels[:, 1:][labels[:, 1:] != IGNORED]
+        smoothing, of_text = self.smoothing if smooth else 0.0, wanted
+        total = outputs.logits.new_zeros((), dtype=torch.float32)
+        if self.sids is not None:
+            is_sid = self.sids.level[wanted] >= 0
+            total = total + catalog_loss(LMHead.of(self.model), self.states, wanted[is_sid], self.sids, smoothing)
+            of_text = wanted[~is_sid]
+        if len(of_text):
+            logits = outputs.logits.float()
+            total = total + cross_entropy(logits, of_text, reduction="sum", label_smoothing=smoothing)
+        else:
+            total = total + outputs.logits.sum()  # zero: no row, but every weight of the head is in the graph
+        return total / (max(len(wanted), 1) if num_items_in_batch is None else num_items_in_batch)
+
+
+class UpdateAverage(TrainerCallback):
+    """Updates the average of weights after every optimizer step."""
+
+    def __init__(self, average: MovingAverage):
+        self.average = average
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.average.update()
+
+
+class TimeBudget(TrainerCallback, ExportableState):
+    """Prints when training will end, and ends it, with an evaluation, when `seconds` of training are over."""
+
+    MEASURED = 20  # steps until the end is estimated
+
+    def __init__(self, seconds: float, spent: float = 0.0):
+        self.seconds, self.spent, self.started = seconds, spent, time.monotonic()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started, self.first_step = time.monotonic(), state.global_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        elapsed = self.spent + time.monotonic() - self.started
+        if state.global_step - self.first_step == self.MEASURED and state.is_world_process_zero:
+            total = elapsed + (time.monotonic() - self.started) / self.MEASURED * (state.max_steps - state.global_step)
+            print(f"training ends in about {total:.0f} s, evaluations not counted; --time_budget {self.seconds:.0f} s")
+        if elapsed > self.seconds and state.global_step < state.max_steps:
+            if state.is_world_process_zero:
+                print(f"--time_budget {self.seconds:.0f}: training ends after {state.global_step} steps")
+            control.should_training_stop = control.should_evaluate = control.should_save = True
+
+    def state(self) -> dict:
+        return {
+            "args": {"seconds": self.seconds, "spent": self.spent + time.monotonic() - self.started},
+            "attributes": {},
+        }
 
 
 class Patience(EarlyStoppingCallback):
@@ -66,11 +136,26 @@ class SFTTrainer(Trainer):
     order: the lines of each epoch; validation: `evaluation.validation.Validation`, or None to measure only the loss.
     """
 
-    def __init__(self, *args, order: EpochOrder, validation=None, **kwargs):
-        super().__init__(*args, compute_loss_func=answer_loss, **kwargs)
+    def __init__(
+        self,
+        *args,
+        order: EpochOrder,
+        validation=None,
+        sids: SidTokens | None = None,
+        smoothing: float = 0.0,
+        average: float = 0.0,
+        **kwargs,
+    ):
+        super().__init__(*args, compute_loss_func=self._loss, **kwargs)
         self.order, self.validation = order, validation
-        self.answer_logits = AnswerLogits(self.model)
+        self.answer_logits = AnswerLogits(self.model, sids, smoothing)
+        self.average = MovingAverage(self.model, average) if average else None
+        if self.average:
+            self.add_callback(UpdateAverage(self.average))
         self.model_accepts_loss_kwargs = False  # the loss is computed here, the model needs no arguments for it
+
+    def _loss(self, outputs, labels, num_items_in_batch=None):
+        return self.answer_logits.loss(outputs, labels, num_items_in_batch)
 
     def _get_train_sampler(self, train_dataset=None):
         return self.order
@@ -81,7 +166,14 @@ class SFTTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The loss in nats per answer token over all evaluation rows; with `validation`, also its HR and NDCG."""
+        """The loss in nats per answer token over all evaluation rows; with `validation`, also its HR and NDCG.
+
+        With an average of weights, that is what is evaluated.
+        """
+        with self._averaged():
+            return self._measure(metric_key_prefix)
+
+    def _measure(self, metric_key_prefix: str) -> dict[str, float]:
         started, lines, accelerator = time.time(), self.eval_dataset, self.accelerator
         size, world = self.args.per_device_eval_batch_size, accelerator.num_processes
         order = np.array(EpochOrder(lines.lengths, size * world, seed=0, by_length=True).order())
@@ -91,7 +183,8 @@ class SFTTrainer(Trainer):
             batch = self._prepare_inputs(self.data_collator([lines[row] for row in rows]))
             labels = batch.pop("labels")
             outputs = self.answer_logits.of(labels, lambda batch=batch: self.model(**batch, use_cache=False))
-            sums += torch.stack([answer_loss(outputs, labels, 1).double(), (labels != IGNORED).sum()])
+            loss = self.answer_logits.loss(outputs, labels, 1, smooth=False)
+            sums += torch.stack([loss.double(), (labels != IGNORED).sum()])
         self.model.train()
         nats, tokens = accelerator.reduce(sums).tolist()
         self._require_finite(nats)
@@ -116,4 +209,24 @@ class SFTTrainer(Trainer):
 
     def _save_checkpoint(self, *args, **kwargs):
         with writing(self.args.output_dir):
-            super()._save_checkpoint(*args, **kwargs)
+            with self._averaged():
+                super()._save_checkpoint(*args, **kwargs)
+            if self.average and self.args.should_save:
+                self.average.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average:
+            self.average.load(resume_from_checkpoint)
+
+    @contextmanager
+    def _averaged(self):
+        """The model with the average of its weights, where there is one."""
+        if self.average is None:
+            yield
+            return
+        self.average.swap()
+        try:
+            yield
+        finally:
+            self.average.swap()

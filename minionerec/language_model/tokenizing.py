@@ -48,6 +48,14 @@ class Rows(NamedTuple):
         return Rows(_take(self.tokens, self.start[1:] - kept, kept), _starts(kept), self.answer)
 
 
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Several sets of rows as one, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    lengths = np.concatenate([rows.lengths for rows in parts])
+    return Rows(np.concatenate([r.tokens for r in parts]), _starts(lengths), np.concatenate([r.answer for r in parts]))
+
+
 def _starts(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)])
 
