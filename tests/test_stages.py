@@ -104,21 +104,6 @@ def test_sft_again_is_not_computed_again(world, base_model, sft_checkpoint):
     assert (sft_checkpoint / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_evaluate(world, sft_checkpoint, tmp_path):
-    run_stage("evaluate.sh", env=evaluate_environment(world, sft_checkpoint, tmp_path / "p.json", K=7))
-    rows = json.loads((tmp_path / "p.json").read_text())
-    result = json.loads((tmp_path / "p.metrics.json").read_text())
-    assert len(rows) == 12 == result["rows"]
-    legal = {line.split("\t")[0] for line in world.info.read_text().splitlines()}
-    for row in rows:
-        assert len(row["predict"]) == 7 == len(set(row["predict"])) and set(row["predict"]) <= legal
-        assert row["score"] == sorted(row["score"], reverse=True)
-    hits = sum(row["output"] in row["predict"][:5] for row in rows)
-    assert result["sid"]["HR@5"] == pytest.approx(hits / 12)
-    assert result["item"]["HR@5"] <= result["sid"]["HR@5"]
-    assert "HR@20" in result["item"] and "HR@50" not in result["item"]  # 20 beams say nothing of the 50th place
-
-
 def test_rl(world, sft_checkpoint, tmp_path):
     done = run_stage("rl.sh", env=rl_environment(world, sft_checkpoint, tmp_path / "rl", TEST_DURING_TRAINING="True"))
     assert "test/HR@10" in done.stdout and "eval_NDCG@10" in done.stdout
@@ -156,7 +141,6 @@ def test_rl_sh_asks_for_the_model_that_its_reward_needs(world, sft_checkpoint, t
         (["sft.py", "--base", "x"], "unknown option --base"),  # no abbreviations
         (["sft.py", "--freeze_LLM", "True", "--use_lora", "True"], "exclude each other"),
         (["rl.py", "--num_generations", "many"], "invalid int value"),
-        (["evaluate.py", "--base_model", "nowhere"], "nowhere: no such file or folder"),
         (["convert_dataset.py"], "required"),
         (["report.py", "--output_dir", "nowhere"], "nowhere: no such file"),
     ],
@@ -229,20 +213,6 @@ def test_killed_sft_resumes_to_the_same_weights(world, base_model, tmp_path, tra
     whole, resumed = weights(tmp_path / "whole"), weights(killed)
     for name in whole:
         torch.testing.assert_close(resumed[name], whole[name], atol=1e-6, rtol=0)
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_processes_evaluate_as_one(world, sft_checkpoint, tmp_path):
-    for processes in (1, 2):
-        output = tmp_path / f"{processes}.json"
-        run_stage("evaluate.sh", env=evaluate_environment(world, sft_checkpoint, output, NPROC=processes, BATCH_SIZE=2))
-    one, two = (json.loads((tmp_path / f"{n}.metrics.json").read_text()) for n in (1, 2))
-    assert (one.pop("processes"), two.pop("processes")) == (1, 2)
-    for result in (one, two):
-        del result["seconds"]
-    assert one == two
-    assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
 
 
 @pytest.mark.slow
