@@ -246,7 +246,7 @@ def test_the_checkpoints_settings_are_the_default(world, copied, tmp_path, capsy
 
 def test_a_model_whose_training_is_not_finished_is_refused(world, copied, tmp_path):
     (copied / "run.json").write_text(json.dumps({"stage": "sft", "complete": False}))
-    with pytest.raises(UserError, match="training is not finished; re-run sft"):
+    with pytest.raises(UserError, match="sft has not finished there; re-run it"):
         evaluate.main(options(world, copied, tmp_path / "p.json"))
     assert list(tmp_path.iterdir()) == [copied]
     (copied / "run.json").write_text(json.dumps({"stage": "sft", "complete": True}))
