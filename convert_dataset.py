@@ -69,12 +69,13 @@ def to_csv_rows(rows, items):
     def list_literal(column: str) -> pl.Expr:
         return "[" + pl.col(column).str.join(", ") + "]"
 
+    rows = rows.with_row_index("row")
     histories = (
-        rows.with_row_index("row")
-        .select("row", "history")
-        .explode("history")
-        .join(items, left_on="history", right_on="item", how="left", maintain_order="left")
-        .with_columns(item_literal=pl.col("history").cast(pl.String))
+        rows.select("row", item="history")
+        .explode("item")
+        .drop_nulls()
+        .join(items, on="item", how="left", maintain_order="left")
+        .with_columns(item_literal=pl.col("item").cast(pl.String))
         .group_by("row", maintain_order=True)
         .agg(
             history_item_title=list_literal("title_literal").first(),
@@ -82,15 +83,19 @@ def to_csv_rows(rows, items):
             history_item_sid=list_literal("sid_literal").first(),
         )
     )
-    targets = rows.join(items, left_on="target", right_on="item", how="left", maintain_order="left")
-    return pl.concat([targets, histories], how="horizontal").select(
-        user_id="user",
-        history_item_title="history_item_title",
-        item_title="title",
-        history_item_id="history_item_id",
-        item_id="target",
-        history_item_sid="history_item_sid",
-        item_sid="sid",
+    return (
+        rows.join(items, left_on="target", right_on="item", how="left", maintain_order="left")
+        .join(histories, on="row", how="left", maintain_order="left")
+        .with_columns(pl.col("^history_item_.*$").fill_null("[]"))
+        .select(
+            user_id="user",
+            history_item_title="history_item_title",
+            item_title="title",
+            history_item_id="history_item_id",
+            item_id="target",
+            history_item_sid="history_item_sid",
+            item_sid="sid",
+        )
     )
 
 

@@ -106,9 +106,7 @@ def join_processes():
 
 def begin(options: Options, outputs: Outputs) -> runs.Run:
     """Refuse a model whose training is not finished; find or start the record of this evaluation."""
-    training = runs.read_record(Path(options.base_model) / runs.RECORD)
-    if training and not training.get("complete"):
-        raise UserError(f"{options.base_model}: training is not finished; re-run {training.get('stage')} first")
+    runs.require_finished(options.base_model)
     # With the parts, so that those of another unfinished evaluation are refused, not mixed in.
     record = runs.begin(options, "evaluate", files=[*outputs.results, outputs.parts], record=outputs.record)
     record.files = outputs.results

@@ -32,7 +32,8 @@ from minionerec.common.options import run
 from rq.balanced import flow_assignment, size_bounds, transport_assignment
 from rq.collisions import collision_rate, resolve
 from rq.models.rqvae import RQVAE
-from rq.trainer import MAX_GRADIENT_NORM, Schedule, Trainer
+from rq.options import TrainingOptions
+from rq.trainer import MAX_GRADIENT_NORM, Trainer
 
 PARTS = ("rqvae", "assignment", "million", "collision")
 
@@ -96,7 +97,7 @@ def measure_rqvae(o: Options) -> dict:
     """Epochs a second of both loops, taken in turn, after one of each to warm up."""
     device = pick_device(o.device)
     matrix = np.random.default_rng(0).normal(size=(3686, 2560)).astype(np.float32)
-    schedule = Schedule(
+    schedule = TrainingOptions(
         lr=1e-3, epochs=10**6, batch_size=o.batch_size, eval_step=10**6, learner="AdamW", lr_scheduler_type="constant",
         warmup_epochs=0, weight_decay=1e-4, dead_code_threshold=0.0, seed=0, save_limit=0,
     )  # fmt: skip

@@ -1,15 +1,15 @@
-"""SIDs for items added to an existing catalog: codebooks stay, old SIDs stay, new items take what is free.
+"""SIDs for items added to a catalog: codebooks and old SIDs are kept, new items get free SIDs.
 
-A new item may only use tokens that the old catalog gave the tokenizer (`catalog.codebook_tokens`: all codes up to the
-least power of two that holds the largest in use, at every level of the old index), so a checkpoint trained before can
-recommend it without a new token. Where its nearest SID is taken:
+A new item uses only tokens that the tokenizer of the old catalog has (`catalog.sids.codebook_tokens`: at each level of
+the old index, all codes up to the smallest power of two above the largest used code). So a checkpoint trained before
+can recommend it without new tokens. Where the nearest SID of a new item is taken:
 
-    none          it shares that SID, unless old items beyond it carry extra tokens
-    nearest_free  it takes the nearest free code of the last level
-    extra_token   it takes the next extra token where old items carry some already; else as nearest_free, because an
-                  extra token behind another item's whole SID would make that SID a prefix
+    none          the item shares that SID, unless old items extend it by an extra token
+    nearest_free  the item takes the nearest free code of the last level
+    extra_token   the item takes the next extra token where old items already have one; otherwise as nearest_free,
+                  because an extra token after the complete SID of another item would make that SID a prefix
 
-`sinkhorn` moves items that are there already, and is refused.
+`sinkhorn` would move old items and is refused.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ from rq.index_file import to_sids
 from rq.models.rq import ResidualModel
 from rq.models.vq import squared_distances
 
-LEAST_AGREEMENT = 0.2  # of old items whose first code the quantizer would choose again
+LEAST_AGREEMENT = 0.2  # share of old items whose first code must be the quantizer's choice
 
 
 def known_codes(old: np.ndarray, sizes: Sequence[int], used_only: bool) -> list[np.ndarray]:
-    """Of each level of `old` (items, depth), which codes have a token already: (K,) bool for codebooks of `sizes`.
+    """For each level of `old` (items, depth), which codes have a token: (K,) bool for codebooks of `sizes`.
 
-    An extra level, beyond `sizes`, has as many as there are tokens.
+    For an extra level, beyond `sizes`, K is the number of its tokens.
     """
     tokens = codebook_tokens(["".join(sid) for sid in to_sids(old)], used_only)
     codes = [SID_TOKEN.fullmatch(token).groups() for token in tokens]
@@ -47,12 +47,12 @@ def known_codes(old: np.ndarray, sizes: Sequence[int], used_only: bool) -> list[
 def append_codes(
     model: ResidualModel, embeddings: Tensor, old: np.ndarray, collision: str, *, used_only: bool = False
 ) -> np.ndarray:
-    """Codes (items, depth of old) of all `embeddings` (items, in_dim), whose first rows have the codes `old`.
+    """Codes (items, depth of old) of all `embeddings` (items, in_dim), of which the first rows have the codes `old`.
 
     Raises `UserError` where `old` is not an index of this quantizer, or no code is free.
     """
-    sizes = [len(level.codebook) for level in model.quantizer.levels]
-    levels, n_old = len(sizes), len(old)
+    sizes, n_old = model.quantizer.sizes, len(old)
+    levels = len(sizes)
     _check(model, embeddings, old, sizes, collision)
     known = known_codes(old, sizes, used_only)
     allowed = [torch.from_numpy(mask).to(embeddings.device) for mask in known[:levels]]
@@ -62,9 +62,8 @@ def append_codes(
     if collision == "none" and old.shape[1] == levels:
         return codes
 
-    # What each prefix has in use: whole SIDs, and SIDs that go on in an extra token with the next one's number.
-    taken: dict[tuple, set] = {}
-    extra: dict[tuple, int] = {}
+    taken: dict[tuple, set] = {}  # prefix -> used codes of the last level
+    extra: dict[tuple, int] = {}  # SID that items extend by an extra token -> the next free extra token
     for row in old.tolist():
         taken.setdefault(tuple(row[: levels - 1]), set()).add(row[levels - 1])
         if len(row) > levels and row[levels] >= 0:
@@ -84,7 +83,7 @@ def append_codes(
             if not np.isfinite(free).any():
                 name = "".join(to_sids(codes[item : item + 1, : levels - 1])[0]) or "of length 0"
                 raise UserError(
-                    f"item {item}: every known code behind its prefix {name} is taken; build the whole index again"
+                    f"item {item}: every known code after its prefix {name} is taken; build the whole index again"
                 )
             codes[item, levels - 1] = free.argmin()
         used.add(int(codes[item, levels - 1]))
@@ -97,8 +96,8 @@ def _check(model: ResidualModel, embeddings: Tensor, old: np.ndarray, sizes: lis
         raise UserError("--append keeps old SIDs, --collision sinkhorn moves them; give nearest_free or extra_token")
     if n_old >= len(embeddings):
         raise UserError(
-            f"--append: the index has {n_old} items and the embeddings {len(embeddings)} rows; expected the old items' "
-            f"rows first and then new ones"
+            f"--append: the index has {n_old} items and the embeddings {len(embeddings)} rows; expected the rows of the "
+            f"old items first, then new rows"
         )
     fits = old.shape[1] in (levels, levels + 1) and (old[:, :levels] >= 0).all() and (old[:, :levels] < sizes).all()
     if fits:
@@ -106,6 +105,6 @@ def _check(model: ResidualModel, embeddings: Tensor, old: np.ndarray, sizes: lis
         fits = (again == old[:, 0]).mean() >= LEAST_AGREEMENT
     if not fits:
         raise UserError(
-            f"--append: the index was not made by this quantizer ({levels} levels of {sizes} codes) on these embeddings; "
+            f"--append: the index was not made by this quantizer ({levels} levels of {sizes} codes) from these embeddings; "
             f"give the checkpoint or codebooks that it was made with"
         )

@@ -1,18 +1,19 @@
 """Assignment to centres under bounds on cluster sizes: exact by min-cost flow, and by entropic optimal transport.
 
-Both minimise the sum of squared distances with every cluster's size in [low, high]. The flow (Bradley, Bennett &
-Demiriz 2000, as `k-means-constrained` builds and solves it) is exact to the rounding of costs to integers; its time
-and memory grow with n * K arcs. The transport holds one block of distances at a time, so memory does not grow with n
-beyond a few numbers an item:
+Both minimise the sum of squared distances with the size of each cluster in [low, high]. The flow (Bradley, Bennett &
+Demiriz 2000, built and solved by `k-means-constrained`) is exact up to the rounding of costs to integers. Its time and
+memory grow with n * K arcs. The transport holds one block of distances at a time and a few numbers per item:
 
-    prices (K,) by Sinkhorn's column scaling for size *bounds* (Benamou et al. 2015, arXiv 1412.5154, section 3):
-        price_k += epsilon * log(clip(1, low / size_k, high / size_k)),   size_k = sum_i softmax_k((price - d_i) / epsilon)
-    while epsilon falls to a small share of the gap between an item's two nearest centres; first on a sample of the
-    items, then on all of them
-    every item takes argmin_k d_ik - price_k; what then lies beyond the bounds is moved at the least extra cost
+    1. Prices (K,) by Sinkhorn's column scaling for size bounds (Benamou et al. 2015, arXiv 1412.5154, section 3):
+           price_k += epsilon * log(clip(1, low / size_k, high / size_k))
+           size_k = sum_i softmax_k((price - d_i) / epsilon)
+       epsilon falls to a small share of the gap between the two nearest centres of an item. Prices are found first on a
+       sample of the items, then on all of them.
+    2. Each item takes argmin_k d_ik - price_k.
+    3. Items of clusters outside the bounds are moved, those with the lowest extra cost first.
 
-Against the flow its cost was 0.1 to 2.5 % more with 6 items a cluster and up (`python -m benchmarks.sid`); with one or
-two items a cluster, where every item is an exception, it may be half as much again.
+With 6 or more items per cluster its cost is 0.1 to 2.5 % above that of the flow (`python -m benchmarks.sid`). With one
+or two items per cluster it can be 50 % higher.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,17 +25,17 @@ from torch import Tensor
 
 from rq.models.vq import squared_distances
 
-BLOCK = 1 << 22  # distances computed at once
-KEPT = 1 << 26  # distances that may be kept from round to round (256 MiB)
-SAMPLE_PER_CODE = 64  # items for each centre that the first prices are found on
-ANNEALING = [4.0 * 0.5**i for i in range(9)]  # epsilon in units of the mean gap between the two nearest centres
-WARM, FULL = ANNEALING[4:], ANNEALING[3:]  # from known prices; on all items after a sample
+BLOCK = 1 << 22  # distances computed at a time
+KEPT = 1 << 26  # most distances that are kept between rounds (256 MiB)
+SAMPLE_PER_CODE = 64  # items per centre in the sample for the first prices
+ANNEALING = [4.0 * 0.5**i for i in range(9)]  # epsilon as a multiple of the mean gap between the two nearest centres
+WARM, FULL = ANNEALING[4:], ANNEALING[3:]  # starting from known prices; on all items after a sample
 SAMPLE_ROUNDS, FULL_ROUNDS = 15, 3  # updates at each epsilon
-OVERRELAXATION = 1.5  # of the updates' logarithm, which converges in half the rounds (arXiv 1711.01851)
+OVERRELAXATION = 1.5  # factor on the logarithm of an update: half as many rounds (arXiv 1711.01851)
 
 
 class Bounds(NamedTuple):
-    """The least and the most items of a cluster."""
+    """The smallest and the largest number of items of a cluster."""
 
     low: int
     high: int
@@ -65,9 +66,9 @@ def flow_assignment(x: np.ndarray, centers: np.ndarray, bounds: Bounds) -> np.nd
 def transport_assignment(
     x: Tensor, centers: Tensor, bounds: Bounds, *, seed: int = 0, prices: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A cheap assignment (n,) of x (n, dim) to centers (K, dim) within `bounds`, and the prices (K,) it rests on.
+    """A cheap assignment (n,) of x (n, dim) to centers (K, dim) within `bounds`, and its prices (K,).
 
-    `prices` of an assignment to nearly the same centres save the search on a sample.
+    `prices` from an assignment to nearly the same centres replace the search on a sample.
     """
     n, n_codes = len(x), len(centers)
     generator = torch.Generator(device=x.device).manual_seed(seed)
@@ -91,13 +92,13 @@ def transport_assignment(
 
 
 def _distance_blocks(x: Tensor, centers: Tensor) -> Iterator[Tensor]:
-    """Squared distances to centers (K, dim) of as many rows of x at a time as `BLOCK` allows: each (rows, K)."""
+    """Squared distances (rows, K) of x (n, dim) to centers (K, dim), for as many rows at a time as `BLOCK` allows."""
     for rows in x.split(max(1, BLOCK // len(centers))):
         yield squared_distances(rows, centers)
 
 
 def _update(prices: Tensor, distances: Iterable[Tensor], bounds: Bounds, n: int, epsilon: Tensor) -> Tensor:
-    """The next prices, from the sizes under the present ones. `distances`: blocks of items that stand for all n."""
+    """The next prices (K,). `distances`: blocks (rows, K) of all n items, or of a sample of them."""
     sizes = torch.zeros(len(prices), dtype=torch.float64, device=prices.device)
     items = 0
     for block in distances:
@@ -111,7 +112,7 @@ def _update(prices: Tensor, distances: Iterable[Tensor], bounds: Bounds, n: int,
 def _repair(codes: Tensor, x: Tensor, centers: Tensor, prices: Tensor, bounds: Bounds) -> Tensor:
     """`codes` (n,) with as few items as needed moved, cheapest first, until every size is within `bounds`."""
     sizes = torch.bincount(codes, minlength=len(centers))
-    # Crowded clusters give up the items that lose least by their next choice ...
+    # Clusters above the bounds release the items with the lowest extra cost elsewhere …
     crowded = (sizes > bounds.high)[codes].nonzero().squeeze(1)
     released = []
     if len(crowded):
@@ -130,7 +131,7 @@ def _repair(codes: Tensor, x: Tensor, centers: Tensor, prices: Tensor, bounds: B
         sizes = sizes.clamp_max(bounds.high)
         codes = codes.clone()
         _place(released, codes, sizes, x, centers, prices, bounds.high)
-    # ... and empty ones take those that lose least by coming.
+    # … and clusters below the bounds take the items with the lowest extra cost there.
     for code in (sizes < bounds.low).nonzero().squeeze(1).tolist():
         loss = (x - centers[code]).square().sum(dim=1) - (x - centers[codes]).square().sum(dim=1) + prices[codes]
         for row in loss.argsort(stable=True).tolist():
@@ -144,7 +145,10 @@ def _repair(codes: Tensor, x: Tensor, centers: Tensor, prices: Tensor, bounds: B
 
 
 def _place(rows: Tensor, codes: Tensor, sizes: Tensor, x: Tensor, centers: Tensor, prices: Tensor, high: int) -> None:
-    """Give each of `rows` a code with room, in place: all ask for their cheapest, the cheapest get it, the rest again."""
+    """Give each of `rows` a code with room, in place.
+
+    In each round the rows ask for their cheapest code, and the cheapest requests are granted as far as there is room.
+    """
     while len(rows):
         room = sizes < high
         asked, price = [], []

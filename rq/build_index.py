@@ -1,11 +1,14 @@
-"""TODO."""
+"""Building an index: codes of all items, SID collisions resolved, the index file, its quality report and picture."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from minionerec.common.errors import UserError
 from rq.collisions import resolve
+from rq.files import dataset_name, report_path
 from rq.index_file import write_index
 from rq.models.rq import ResidualModel
 from rq.picture import write_report
@@ -18,35 +21,38 @@ def build_index(
     output: str | Path,
     collision: str,
     *,
-    codes: Tensor | None = None,
+    codes: np.ndarray | None = None,
     batch_size: int = 20480,
 ) -> dict:
-    """Write the index of `embeddings` (items, dim) to `output`, its report beside it; returns the report.
+    """Write the index of embeddings (items, dim) to `output`, and its report beside it; returns the report.
 
-    `codes` (items, levels) stand for the nearest ones of `model`, which is on the device of `embeddings`.
+    `codes` (items, levels) replace the nearest codes of `model`, which is on the device of `embeddings`.
+    Raises `UserError` where the model gives NaN or Inf.
     """
     if codes is None:
         encoded = model.encode(embeddings, batch_size)
-        codes, last_residual = encoded.codes, encoded.last_residual
+        codes, residual = encoded.codes.cpu().numpy(), encoded.last_residual  # (items, levels), (items, dim)
     else:
-        codes = codes.to(embeddings.device)
-        last_residual = model.last_residual(embeddings, codes)
+        residual = model.last_residual(embeddings, torch.from_numpy(codes).to(embeddings.device))
+    bad = (~torch.isfinite(residual).all(dim=1)).nonzero().squeeze(1)
+    if len(bad):
+        raise UserError(f"the quantizer gives NaN or Inf for {len(bad)} items, first item {bad[0]}; train it again")
     codebook = model.quantizer.levels[-1].codebook.detach().cpu().numpy()
-    given = codes.cpu().numpy()
-    resolved = resolve(given, collision, last_residual.cpu().numpy(), codebook)
+    resolved = resolve(codes, collision, residual.cpu().numpy(), codebook)
+    write_index(output, resolved)
 
     report = {"collision": collision}
-    for when, some in (("before", given), ("after", resolved)):
+    for when, some in (("before", codes), ("after", resolved)):
         own = torch.from_numpy(some[:, : len(model.quantizer.levels)]).to(embeddings.device)  # without extra tokens
         left = model.squared_error(embeddings, own, batch_size).cpu().numpy() / variance(embeddings)
         errors = {"reconstruction_error": [round(float(x), 6) for x in left]}
         report[when] = quality(some) | errors | {"fitted_error": fitted_error(embeddings, some)}
-    write_report(Path(output).with_suffix(".quality.json"), report, {Path(output).name.split(".")[0]: report})
-    write_index(output, resolved)
+    write_report(report_path(output), report, {dataset_name(output): report})
     after = report["after"]
     print(
         f"wrote {output}: {after['n_items']} items, {after['distinct_sids']} SIDs; collision rate "
         f"{report['before']['collision_rate']:.4f} before, {after['collision_rate']:.4f} after {collision}; "
-        f"codes used {after['codes_used']}, perplexity {after['perplexity']}"
+        f"codes used {after['codes_used']}, perplexity {after['perplexity']}; "
+        f"{after['reconstruction_error'][-1]:.4f} of the variance left"
     )
     return report

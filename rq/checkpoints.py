@@ -1,44 +1,54 @@
-"""TODO."""
+"""Checkpoints of the quantizers: weights in safetensors, and architecture and hyper-parameters in config.json."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save
 
 from minionerec.common.errors import UserError
-from minionerec.common.files import read_json, require_file
+from minionerec.common.files import atomic_file, write_json
 from rq.codebooks import read_codebooks
-from rq.models.rq import Codebooks
+from rq.files import ARCHITECTURES, CONFIG, read_config, weights_file
+from rq.models.rq import Codebooks, ResidualModel
 from rq.models.rqvae import RQVAE, RQKMeansPlus
 
-ARCHITECTURES = {"rqvae": RQVAE, "rqkmeans_plus": RQKMeansPlus}
+MODELS = dict(zip(ARCHITECTURES, (RQVAE, RQKMeansPlus), strict=True))
+MISFITS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError, MemoryError)
 
 
-def load_model(path: str | Path, flag: str = "ckpt_path") -> tuple[nn.Module, dict]:
-    """The model in `path` and its config; a folder means its best_collision.safetensors.
+def save_model(model: RQVAE, folder: Path, names: Sequence[str]) -> None:
+    """Write config.json (a key of `ARCHITECTURES`, constructor arguments) and the weights as <name>.safetensors."""
+    [architecture] = [name for name, kind in MODELS.items() if type(model) is kind]
+    write_json(folder / CONFIG, {"architecture": architecture, "model": model.config})
+    weights = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    for name in names:
+        with atomic_file(folder / f"{name}.safetensors", "wb") as f:
+            f.write(weights)
 
-    An .npz of codebooks is a model too; its config has the `codes` (items, levels) of the items that it was made of.
-    Raises `UserError` if weights or config.json are missing, broken, or of another architecture.
+
+def load_model(path: str | Path, flag: str = "ckpt_path") -> ResidualModel:
+    """The model in `path`, on the CPU: weights beside their config.json, or codebooks (.npz).
+
+    A folder means its best_collision.safetensors. Raises `UserError` where weights or config.json are missing, broken,
+    not finite, of another architecture, or of an unfinished training.
     """
-    path = require_file(path, flag)
+    path = weights_file(path, flag)
     if path.suffix == ".npz":
-        found = read_codebooks(path, flag)
-        config = {"model": {"in_dim": found.codebooks[0].shape[1]}, "data": {"digest": found.meta.get("digest")}}
-        return Codebooks([torch.from_numpy(book) for book in found.codebooks]), config | {"codes": found.codes}
-    if path.is_dir():
-        path = require_file(path / "best_collision.safetensors", flag)
-    config = read_json(path.parent / "config.json", flag)
-    architecture = config.get("architecture")
-    if architecture not in ARCHITECTURES:
-        raise UserError(
-            f"{path.parent / 'config.json'}: architecture {architecture!r}, expected one of {sorted(ARCHITECTURES)}; "
-            f"check --{flag}"
-        )
+        return Codebooks([torch.from_numpy(book) for book in read_codebooks(path, flag).codebooks])
+    config = read_config(path, flag)
     try:
-        model = ARCHITECTURES[architecture](**config["model"])
-        model.load_state_dict(load_file(path))
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, OSError) as error:
-        raise UserError(f"{path}: does not fit its config.json ({error}); train again or check --{flag}") from None
-    return model, config
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a file of weights ({error}); train again or check --{flag}") from None
+    bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise UserError(f"{path}: NaN or Inf in {len(bad)} of {len(weights)} tensors, first {bad[0]}; train again")
+    try:
+        model = MODELS[config["architecture"]](**config["model"])
+        model.load_state_dict(weights)
+    except MISFITS as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: does not fit its config.json ({reason}); train again or check --{flag}") from None
+    return model

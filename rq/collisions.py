@@ -1,7 +1,16 @@
-"""TODO."""
+"""SID collisions: several items with equal codes, and four ways to resolve them.
 
-import math
-from collections.abc import Iterator, Sequence
+    none          items share the SID
+    sinkhorn      the last codes of each colliding group are chosen again by Sinkhorn, as in LC-Rec (arXiv 2311.09049);
+                  items with equal embeddings still collide
+    nearest_free  all items of a group except the first take the nearest free code of the last level
+    extra_token   each item of a colliding group gets one more token, as in TIGER (arXiv 2305.05065)
+
+`nearest_free` and `extra_token` always end without a collision.
+"""
+
+from collections.abc import Iterator
+from typing import get_args
 
 import numpy as np
 import torch
@@ -9,16 +18,17 @@ import torch
 from minionerec.common.errors import UserError
 from rq.index_file import to_sids
 from rq.models.vq import sinkhorn
+from rq.options import Collision
 
-MODES = ("none", "sinkhorn", "nearest_free", "extra_token")
+MODES = get_args(Collision)
 SINKHORN_EPSILON, SINKHORN_ITERATIONS, SINKHORN_ROUNDS = 0.003, 50, 20
-SINKHORN_BLOCK = 1 << 22  # distances at once
+SINKHORN_BLOCK = 1 << 22  # distances computed at a time
 
 
 def keys_of(codes: np.ndarray) -> np.ndarray:
-    """(items,) int64, equal where rows of `codes` are equal and in the rows' order: one number sorts faster than a row.
+    """One int64 per row of codes (items, depth), with the same order and equalities: numbers sort faster than rows.
 
-    No columns give zeros.
+    Without columns, all keys are 0.
     """
     keys, span = np.zeros(len(codes), dtype=np.int64), 1
     for column in codes.T:
@@ -36,7 +46,7 @@ def collision_rate(codes: np.ndarray) -> float:
 
 
 def colliding_groups(codes: np.ndarray) -> Iterator[np.ndarray]:
-    """The items of each SID that several share, ids rising; groups in order of their SIDs."""
+    """The items of each shared SID, by id; groups in order of their SIDs."""
     keys = keys_of(codes)
     order = np.argsort(keys, kind="stable")
     first = np.flatnonzero(np.diff(keys[order], prepend=keys[order[0]] - 1))
@@ -45,19 +55,10 @@ def colliding_groups(codes: np.ndarray) -> Iterator[np.ndarray]:
         yield order[start : start + size]
 
 
-def refuse_small_codebooks(sizes: Sequence[int], n_items: int, mode: str) -> None:
-    """Raises `UserError` where codebooks of `sizes` have fewer SIDs than there are items, unless extra tokens help."""
-    if math.prod(sizes) < n_items and mode != "extra_token":
-        raise UserError(
-            f"{' x '.join(map(str, sizes))} codes make {math.prod(sizes)} SIDs, fewer than the {n_items} items; give more "
-            f"levels or codes, or --collision extra_token"
-        )
-
-
 def resolve(codes: np.ndarray, mode: str, residuals: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-    """`codes` with collisions treated by `mode`, one of `MODES`; the input is left as it is.
+    """A copy of codes (items, levels) with collisions resolved by `mode`, one of `MODES`.
 
-    residuals: (items, dim) what the last level quantises; codebook: (K, dim) of the last level.
+    residuals: (items, dim), input of the last level; codebook: (K, dim) of the last level.
     """
     if mode == "none":
         return codes.copy()
@@ -75,10 +76,10 @@ def _distances(residuals: np.ndarray, codebook: np.ndarray) -> np.ndarray:
 def sinkhorn_last_level(
     codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, rounds: int = SINKHORN_ROUNDS
 ) -> np.ndarray:
-    """Each colliding group's last codes chosen anew by Sinkhorn over the group, at most `rounds` times.
+    """The last codes of each colliding group chosen again by Sinkhorn over the group, at most `rounds` times.
 
-    Items with equal residuals get equal codes, so exact duplicates still collide afterwards. An item onto whose code
-    another moves is in a colliding group from then on, and may move too.
+    Items with equal residuals get equal codes, so exact duplicates still collide afterwards. If an item moves onto the
+    code of another, both are a colliding group in the next round.
     """
     codes = codes.copy()
     for _ in range(rounds):
@@ -93,16 +94,16 @@ def sinkhorn_last_level(
                 distances = _distances(residuals[items.reshape(-1)], codebook).reshape(*items.shape, -1)
                 plan = sinkhorn(torch.from_numpy(distances), SINKHORN_EPSILON, SINKHORN_ITERATIONS)
                 codes[items, -1] = plan.argmax(dim=-1).numpy()
-        if np.array_equal(codes, before):  # no group, or none that moves: later rounds would be the same
+        if np.array_equal(codes, before):  # no group is left, or none moves
             break
     return codes
 
 
 def nearest_free(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-    """The first item of each colliding group keeps its SID; each other one takes its nearest free last code.
+    """The first item of each colliding group keeps its SID; each other item takes its nearest free last code.
 
-    Free: no item with the same prefix has it. Items move in order of their ids within a group. Ends without a
-    collision, or raises `UserError` where a prefix holds more items than the last level has codes.
+    A code is free if no item with the same prefix has it. Within a group, items move in order of their ids. Raises
+    `UserError` where a prefix has more items than the last level has codes.
     """
     codes = codes.copy()
     groups = list(colliding_groups(codes))
@@ -115,7 +116,7 @@ def nearest_free(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray)
         items = np.flatnonzero(prefix == sizes.argmax())
         name = "".join(to_sids(codes[items[:1], :-1])[0]) or "of length 0"
         raise UserError(
-            f"prefix {name} holds {len(items)} items (the first is item {items[0]}) but its last level has only "
+            f"prefix {name} has {len(items)} items (the first is item {items[0]}) but the last level has only "
             f"{len(codebook)} codes; use --collision extra_token, or larger codebooks"
         )
     crowded = np.unique(prefix[np.concatenate(groups)])
@@ -133,7 +134,7 @@ def nearest_free(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray)
 
 
 def extra_token(codes: np.ndarray) -> np.ndarray:
-    """One more level (items, levels + 1): 0, 1, 2, ... within each colliding group, -1 for every other item.
+    """Codes with one more level (items, levels + 1): 0, 1, 2, … in each colliding group, -1 for all other items.
 
     Without a collision, no level is added.
     """

@@ -1,39 +1,25 @@
 #!/usr/bin/env bash
-# Semantic IDs from a quantizer, also for items added later. Edit the variables here or set them in the environment.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch.sh
+# Semantic IDs from a trained quantizer or from codebooks, also for items added later.
+#
+#     CKPT_PATH=<folder> DATA_PATH=<D>.emb-<plm>-td.npy OUTPUT_FILE=<D>.index.json bash rq/generate_indices.sh
+#
+# Reads CKPT_PATH (a checkpoint, a folder with best_collision.safetensors, or codebooks) and the embeddings DATA_PATH that
+# it was trained on. With APPEND, an index of the first rows of DATA_PATH, these SIDs are kept and only the other rows get
+# new ones. Writes OUTPUT_FILE and its quality report. Re-running skips a finished index. An empty value below is the
+# script's default; any other option can be set too, as a variable (DEVICE=cpu) or an argument (--device cpu).
+source "$(dirname "${BASH_SOURCE[0]}")/../shell/launcher.sh"
 
+# ---- data
 CKPT_PATH=${CKPT_PATH:-}
 DATA_PATH=${DATA_PATH:-}
 OUTPUT_FILE=${OUTPUT_FILE:-}
-ITEM_META_PATH=${ITEM_META_PATH:-}
-COLLISION=${COLLISION:-nearest_free}
+ITEM_META_PATH=${ITEM_META_PATH:-}    # <D>.item.json, to check the number of rows
+
+# ---- semantic IDs
+COLLISION=${COLLISION:-}              # none, sinkhorn, nearest_free or extra_token
+
+# ---- items added later
 APPEND=${APPEND:-}
-APPEND_TOKENS=${APPEND_TOKENS:-codebook}
-BATCH_SIZE=${BATCH_SIZE:-20480}
-DEVICE=${DEVICE:-}
+APPEND_TOKENS=${APPEND_TOKENS:-}      # codebook or used: what the tokenizer of APPEND's catalog knows
 
-usage() {
-    cat <<'TEXT'
-usage: CKPT_PATH=<folder> DATA_PATH=<D>.emb-<plm>-td.npy OUTPUT_FILE=<D>.index.json bash rq/generate_indices.sh
-
-reads   CKPT_PATH       a checkpoint, a folder (its best_collision.safetensors) or codebooks (.npz)   (required)
-        DATA_PATH       the embeddings it was trained on; with APPEND, new rows after them            (required)
-        ITEM_META_PATH  <D>.item.json, to check the number of rows                                    (optional)
-        APPEND          an index of the first rows: its SIDs stay, only new items get theirs          (optional)
-writes  OUTPUT_FILE     {"0": ["<a_236>", "<b_231>", "<c_226>"], ...}                                 (required)
-        and beside it <D>.index.quality.json and .png
-
-Variables, with their defaults:
-  COLLISION=nearest_free (none, sinkhorn, nearest_free, extra_token) BATCH_SIZE=20480 DEVICE="" (cuda if there is one)
-  APPEND="" APPEND_TOKENS=codebook (used: the tokenizer of the old catalog knows only the codes in use)
-TEXT
-}
-
-refuse_arguments "$@"
-require CKPT_PATH DATA_PATH OUTPUT_FILE
-exec python -m rq.generate_indices --ckpt_path "$CKPT_PATH" --data_path "$DATA_PATH" --output_file "$OUTPUT_FILE" \
-    --collision "$COLLISION" --batch_size "$BATCH_SIZE" \
-    ${APPEND:+--append "$APPEND" --append_tokens "$APPEND_TOKENS"} \
-    ${ITEM_META_PATH:+--item_meta_path "$ITEM_META_PATH"} ${DEVICE:+--device "$DEVICE"}
+launch python rq.generate_indices "$@"

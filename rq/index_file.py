@@ -1,4 +1,4 @@
-"""TODO."""
+"""Reading and writing an index, `<D>.index.json`: `{"0": ["<a_236>", "<b_231>", "<c_226>"], …}`."""
 
 from pathlib import Path
 
@@ -16,10 +16,10 @@ def to_sids(codes: np.ndarray) -> list[list[str]]:
 
 
 def read_codes(path: str | Path, flag: str) -> np.ndarray:
-    """The codes (items, depth) of an index file, -1 beyond the end of a shorter SID.
+    """The codes (items, depth) of an index file, -1 after the end of a shorter SID.
 
-    Raises `UserError` where the file is no index, a token stands at another level than its letter says, or a SID is a
-    prefix of another.
+    Raises `UserError` where the file is no index, a token has the letter of another level, or one SID is a prefix of
+    another.
     """
     sids = read_index(path, flag)
     try:
@@ -30,13 +30,14 @@ def read_codes(path: str | Path, flag: str) -> np.ndarray:
     codes = np.full((len(split), max(map(len, split))), -1, dtype=np.int64)
     for item, tokens in enumerate(split):
         for level, token in enumerate(tokens):
-            codes[item, level] = int(SID_TOKEN.fullmatch(token).group(2))
-            if token != level_token(level, codes[item, level]):
-                expected = level_token(level, codes[item, level])
+            code = int(SID_TOKEN.fullmatch(token).group(2))
+            expected = level_token(level, code)
+            if token != expected:
                 raise UserError(f"{path}: item {item} has {token} at level {level}, expected {expected} there")
+            codes[item, level] = code
     return codes
 
 
 def write_index(path: str | Path, codes: np.ndarray) -> None:
-    """Write `{"0": ["<a_1>", ...], ...}`, atomically; the same codes give the same bytes."""
+    """Write codes (items, depth), -1 for no token, to `path`, atomically; the same codes give the same bytes."""
     write_json(path, {str(item): sid for item, sid in enumerate(to_sids(codes))}, indent=None)

@@ -16,7 +16,7 @@ def write_report(path: Path, content: dict, reports: dict[str, dict]) -> None:
 
 def picture(reports: dict[str, dict]):
     """A matplotlib figure of four panels: codes and perplexity, items per SID, errors, collision rates."""
-    from matplotlib.figure import Figure  # here, since it is slow to import
+    from matplotlib.figure import Figure  # imported here: it is slow
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     codes, histogram, errors, rates = figure.subplots(2, 2).flat

@@ -1,4 +1,15 @@
-"""TODO."""
+"""Quality figures of an index: collisions, use of the codes, error.
+
+collision_rate         1 - distinct SIDs / items
+items_per_sid          how many SIDs have 1, 2, … items
+sid_entropy            entropy of the SIDs in nats
+codes_used             distinct codes, per level
+items_per_code         fewest and most items of a used code, per level
+perplexity             exp of the entropy of the codes in nats, per level: K where K codes are used equally often
+reconstruction_error   share of the embeddings' variance left after 1, 2, … levels, by the codebooks or the decoder
+fitted_error           the same by the mean residual of each code's items: needs only the index and the embeddings,
+                       so it compares indexes of different quantizers
+"""
 
 import numpy as np
 import torch
@@ -8,10 +19,7 @@ from rq.collisions import keys_of
 
 
 def quality(codes: np.ndarray) -> dict:
-    """Figures of an index: items, distinct SIDs, collision rate, how many SIDs hold 1, 2, ... items, the entropy of the
-    SIDs in nats, and by level the codes used, the fewest and most items of a used code, and the perplexity, which is
-    exp of the entropy in nats: the number of codes in even use that would be as varied.
-    """
+    """The figures of codes (items, depth), -1 for no token, that need nothing else."""
     sizes = np.unique(keys_of(codes), return_counts=True)[1]
     used, spread, perplexity = [], [], []
     for level in codes.T:
@@ -38,13 +46,13 @@ def _entropy(counts: np.ndarray) -> float:
 
 
 def variance(embeddings: Tensor) -> float:
-    """The sum of squares around the mean."""
+    """The sum of squares of embeddings (items, dim) around their mean."""
     return (embeddings - embeddings.mean(dim=0)).square().sum(dtype=torch.float64).item()
 
 
 @torch.inference_mode()
 def fitted_error(embeddings: Tensor, codes: np.ndarray) -> list[float]:
-    """Share of the variance of embeddings (items, dim) left after each level that every item has a code at."""
+    """Share of the variance of embeddings (items, dim) left after each level at which all items have a code."""
     residual, shares = embeddings - embeddings.mean(dim=0), []
     total = residual.square().sum(dtype=torch.float64).item()
     for column in codes.T[(codes >= 0).all(axis=0)]:

@@ -1,22 +1,23 @@
-"""RQ-KMeans by faiss: a k-means on the residuals of the levels before, then the index.
+"""RQ-KMeans by faiss: a k-means on the residuals of each level, then the index.
 
-    python -m rq.rqkmeans_faiss --dataset Industrial_and_Scientific --root data
+    python -m rq.rqkmeans_faiss --dataset ml-100k --root output/quickstart/data --k 64
 
-Writes <D>.codebooks_faiss.npz and <D>.index.json with its quality report into --root. faiss's own ResidualQuantizer
-takes powers of two alone; a `faiss.Kmeans` a level is the same greedy quantiser (its beam of 1) for any K.
+Writes <D>.codebooks_faiss.npz and <D>.index.json with its quality report into --root. faiss's ResidualQuantizer takes
+only powers of two. One `faiss.Kmeans` per level is the same greedy quantizer (a beam of 1) for any K.
 """
 
 import numpy as np
 
 from minionerec.common.options import run
-from rq.codebooks import KMeansOptions, run_kmeans
+from rq import generate_indices
+from rq.options import ClusteringOptions, KMeansOptions, part
 
-Options = KMeansOptions  # nothing beyond what both k-means commands take
+Options = KMeansOptions
 
 
 def kmeans(x: np.ndarray, k: int, seed: int, max_iter: int, verbose: bool) -> tuple[np.ndarray, np.ndarray]:
     """Centres (k, dim) and the nearest of them (n,) for x (n, dim); one thread, so that bytes repeat."""
-    import faiss  # here, since it is slow to import
+    import faiss
     from threadpoolctl import threadpool_limits
 
     threads = faiss.omp_get_max_threads()
@@ -39,8 +40,17 @@ def kmeans(x: np.ndarray, k: int, seed: int, max_iter: int, verbose: bool) -> tu
 
 
 def main(options: Options) -> None:
+    from rq.residual_kmeans import make_codebooks, read_checked
+
     o = options
-    run_kmeans(o, "faiss", lambda residual, seed: kmeans(residual, o.k, seed, o.max_iter, o.verbose))
+    o.name_files("faiss")
+    embeddings = read_checked(o)
+
+    def cluster(residual: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        return kmeans(residual, o.k, seed, o.max_iter, o.verbose)
+
+    make_codebooks(part(o, ClusteringOptions), "faiss", embeddings, cluster)
+    generate_indices.index_of(o, o.codebook_path, o.data_path)
 
 
 if __name__ == "__main__":

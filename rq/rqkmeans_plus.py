@@ -1,58 +1,51 @@
-"""RQ-KMeans+ (GPR, arXiv 2511.10138): codebooks of constrained RQ-KMeans, trained on as an RQ-VAE.
+"""RQ-KMeans+ (GPR, arXiv 2511.10138): an RQ-VAE that starts from the codebooks of constrained RQ-KMeans.
 
-    python -m rq.rqkmeans_plus --data_path <D>.emb-minilm-td.npy --ckpt_dir output/plus \
-        --pretrained_codebook_path <D>.codebooks_constrained.npz
+    python -m rq.rqkmeans_plus --data_path output/quickstart/data/ml-100k.emb-minilm-td.npy --ckpt_dir output/plus \
+        --pretrained_codebook_path output/quickstart/data/ml-100k.codebooks_constrained.npz --layers 256 --epochs 60
 
-z = x + MLP(x) with the MLP's last linear layer at zero, so before the first step z = x and every item's code is the
-nearest code of the constrained codebooks, level by level: what `rq.generate_indices --ckpt_path <D>.codebooks_….npz`
-gives items other than those the codebooks were made of. That is the warm start's code here. The clusters of
-constrained RQ-KMeans themselves (`codes` in the .npz) are bounded in size and so not always the nearest; no rule gives
-them to a new item, and no gradient keeps them, so training cannot start from them. How many items agree is printed.
+z = x + MLP(x), and the last linear layer of the MLP is zero at the start. So before the first step z = x, and each item
+has the nearest codes of the constrained codebooks, level by level.
 
-Ends with the index, <D>.index.json in --ckpt_dir unless --output_file says otherwise.
+The clusters of constrained RQ-KMeans (`codes` in the .npz) have bounded sizes, so an item's cluster is not always its
+nearest code. No rule assigns them to a new item and no gradient keeps them, so training starts from the nearest codes.
+The share of items for which both agree is printed.
+
+Ends with the index: <D>.index.json in --ckpt_dir, or --output_file.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import torch
-from transformers.hf_argparser import HfArg
+import numpy as np
 
-from minionerec.common.devices import pick_device
 from minionerec.common.embeddings import load_embeddings
 from minionerec.common.errors import UserError
-from minionerec.common.options import run
-from rq.build_index import build_index
-from rq.checkpoints import load_model
+from minionerec.common.options import INPUT, option, run
+from rq import generate_indices
 from rq.codebooks import CodebookFile, read_codebooks
-from rq.collisions import refuse_small_codebooks
-from rq.models.rq import Codebooks
-from rq.quality import variance
-from rq.trainer import TrainingOptions, train
+from rq.files import begin_training, dataset_name, finish_training
+from rq.options import IndexOptions, TrainingOptions, part, refuse_small_codebooks
 
 
 @dataclass
-class Options(TrainingOptions):
-    # files
-    pretrained_codebook_path: str = HfArg(default="", help="the warm start, <D>.codebooks_constrained.npz")
-    output_file: str = HfArg(default="", help="the index; default <D>.index.json in --ckpt_dir")
-    # model
-    e_dim: int = HfArg(default=0, help="dimension of the code vectors: that of the embeddings; 0: take it from them")
-    num_emb_list: list[int] = HfArg(default_factory=list, help="codes of each level: those of the codebooks; none: so")
-    # SIDs
-    collision: Literal["none", "sinkhorn", "nearest_free", "extra_token"] = HfArg(
-        default="nearest_free", help="what becomes of items with equal codes"
-    )
+class PlusOptions(TrainingOptions):
+    """What shapes the trained quantizer."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.output_file and not self.output_file.endswith(".json"):
-            raise UserError(f"--output_file is {self.output_file!r}, expected a name like <D>.index.json")
+    pretrained_codebook_path: str = option("", "codebooks to start from, <D>.codebooks_constrained.npz", role=INPUT)
+    e_dim: int = option(0, "dimension of the code vectors: that of the embeddings; 0: take it from them")
+    num_emb_list: list[int] = option([], "codes of each level: those of the codebooks; default: take them from there")
 
 
-def warm_start(options: Options, dim: int) -> CodebookFile:
-    """The codebooks, which must be as wide as the embeddings, `dim`, and as `--e_dim` and `--num_emb_list` say."""
+@dataclass
+class Options(PlusOptions, IndexOptions):
+    pass
+
+
+def read_start(options: PlusOptions, dim: int) -> CodebookFile:
+    """The codebooks to start from; sets `e_dim`, `num_emb_list` and `sk_epsilons` to what they imply.
+
+    Raises `UserError` where the codebooks do not match the embeddings' `dim` or the options.
+    """
     o = options
     start = read_codebooks(o.pretrained_codebook_path, "pretrained_codebook_path")
     sizes, width = [len(book) for book in start.codebooks], start.codebooks[0].shape[1]
@@ -63,45 +56,54 @@ def warm_start(options: Options, dim: int) -> CodebookFile:
         )
     o.check(
         e_dim=(o.e_dim in (0, dim), f"{dim}, the width of the embeddings"),
-        num_emb_list=(o.num_emb_list in ([], sizes), f"{sizes}, the codebooks' own"),
+        num_emb_list=(o.num_emb_list in ([], sizes), f"{sizes}, the sizes of the codebooks"),
     )
+    o.e_dim, o.num_emb_list = dim, sizes
     o.spread_epsilons(len(sizes))
     return start
 
 
-def main(options: Options) -> None:
-    o = options
-    device = pick_device(o.device)
-    matrix = load_embeddings(o.data_path)
-    start = warm_start(o, matrix.shape[1])
-    books = [torch.from_numpy(book) for book in start.codebooks]
-    sizes = [len(book) for book in books]
-    refuse_small_codebooks(sizes, len(matrix), o.collision)
+def train_from(start: CodebookFile, matrix: np.ndarray, options: PlusOptions) -> None:
+    """Train from the codebooks `start` on matrix (items, dim) into `--ckpt_dir`."""
+    import torch
 
-    embeddings = torch.from_numpy(matrix).to(device)
-    frozen = Codebooks(books).to(device)
-    nearest = frozen.encode(embeddings, o.batch_size).codes
-    error = frozen.squared_error(embeddings, nearest, o.batch_size)[-1].item() / variance(embeddings)
-    print(f"warm start: nearest codes, which leave {error:.4f} of the variance")
+    from minionerec.common.devices import pick_device
+    from rq.models.rq import Codebooks
+    from rq.models.rqvae import RQKMeansPlus
+    from rq.quality import variance
+    from rq.trainer import train
+
+    device, dim = pick_device(options.device), matrix.shape[1]
+    books = [torch.from_numpy(book) for book in start.codebooks]
+    embeddings, frozen = torch.from_numpy(matrix).to(device), Codebooks(books).to(device)
+    nearest = frozen.encode(embeddings, options.batch_size).codes  # (items, levels)
+    error = frozen.squared_error(embeddings, nearest, options.batch_size)[-1].item() / variance(embeddings)
+    print(f"start: nearest codes, which leave {error:.4f} of the variance")
     if len(start.codes) == len(matrix):
         agree = (nearest.cpu().numpy() == start.codes).all(axis=1).mean()
         print(f"{agree:.1%} of the items have these as their clusters")
-    dim = matrix.shape[1]
-    model_config = {"in_dim": dim, "e_dim": dim, "num_emb_list": sizes, **o.model_options()}
-    train(
-        "rqkmeans_plus",
-        model_config,
-        matrix,
-        o,
-        device,
-        prepare=lambda model: model.quantizer.load_codebooks(books),
-        warm_start=start.meta,
-    )
-    name = Path(o.data_path).name.split(".emb-")[0]
-    model, _ = load_model(o.ckpt_dir, "ckpt_dir")
-    output = o.output_file or Path(o.ckpt_dir) / f"{name}.index.json"
-    report = build_index(model.to(device), embeddings, output, o.collision, batch_size=o.batch_size)
-    print(f"after training {report['before']['reconstruction_error'][-1]:.4f} of the variance is left")
+
+    def make_model() -> RQKMeansPlus:
+        sizes = [len(book) for book in books]
+        model = RQKMeansPlus(in_dim=dim, e_dim=dim, num_emb_list=sizes, **options.model_options())
+        model.quantizer.load_codebooks(books)
+        return model
+
+    train(make_model, matrix, options)
+
+
+def main(options: Options) -> None:
+    options.require("data_path", "ckpt_dir", "pretrained_codebook_path")
+    o = options
+    matrix = load_embeddings(o.data_path, item_meta_path=o.item_meta_path)  # (items, dim)
+    start = read_start(o, matrix.shape[1])
+    refuse_small_codebooks([len(book) for book in start.codebooks], len(matrix), o.collision)
+    o.output_file = o.output_file or str(Path(o.ckpt_dir) / f"{dataset_name(o.data_path)}.index.json")
+    record = begin_training(part(o, PlusOptions), "rqkmeans_plus")
+    if not record.complete:
+        train_from(start, matrix, o)
+        finish_training(record)
+    generate_indices.index_of(o, o.ckpt_dir, o.data_path, batch_size=o.batch_size, device=o.device)
 
 
 if __name__ == "__main__":

@@ -1,64 +1,33 @@
 #!/usr/bin/env bash
-# Train an RQ-VAE on item embeddings. Edit the variables here or set them in the environment.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch.sh
+# RQ-VAE: trains it on item embeddings; rq/generate_indices.sh then makes semantic IDs.
+#
+#     DATA_PATH=<D>.emb-<plm>-td.npy CKPT_DIR=<folder> bash rq/rqvae.sh
+#
+# Reads DATA_PATH, float32 (items, dim). Writes the checkpoints best_loss and best_collision to CKPT_DIR.
+# Re-running resumes a killed training and skips a finished one. An empty value below is the script's default; any other
+# option can be set too, as a variable (BETA=0.5) or an argument (--beta 0.5). Lists are separated by spaces.
+source "$(dirname "${BASH_SOURCE[0]}")/../shell/launcher.sh"
 
+# ---- data
 DATA_PATH=${DATA_PATH:-}
 CKPT_DIR=${CKPT_DIR:-}
-LR=${LR:-1e-3}
-EPOCHS=${EPOCHS:-10000}
-BATCH_SIZE=${BATCH_SIZE:-20480}
-EVAL_STEP=${EVAL_STEP:-50}
-LEARNER=${LEARNER:-AdamW}
-LR_SCHEDULER_TYPE=${LR_SCHEDULER_TYPE:-constant}
-WARMUP_EPOCHS=${WARMUP_EPOCHS:-50}
-WEIGHT_DECAY=${WEIGHT_DECAY:-1e-4}
-DROPOUT_PROB=${DROPOUT_PROB:-0.0}
-BN=${BN:-False}
-LOSS_TYPE=${LOSS_TYPE:-mse}
-KMEANS_INIT=${KMEANS_INIT:-True}
-KMEANS_ITERS=${KMEANS_ITERS:-100}
-NUM_EMB_LIST=${NUM_EMB_LIST:-256 256 256}
-SK_EPSILONS=${SK_EPSILONS:-}
-SK_ITERS=${SK_ITERS:-50}
-E_DIM=${E_DIM:-32}
-QUANT_LOSS_WEIGHT=${QUANT_LOSS_WEIGHT:-1.0}
-BETA=${BETA:-0.25}
-LAYERS=${LAYERS:-2048 1024 512 256 128 64}
-SAVE_LIMIT=${SAVE_LIMIT:-5}
-DEAD_CODE_THRESHOLD=${DEAD_CODE_THRESHOLD:-0}
-SEED=${SEED:-2024}
-DEVICE=${DEVICE:-}
-COMPILE=${COMPILE:-False}
-OVERWRITE=${OVERWRITE:-False}
 
-usage() {
-    cat <<'TEXT'
-usage: DATA_PATH=<D>.emb-<plm>-td.npy CKPT_DIR=<folder> bash rq/rqvae.sh
+# ---- model
+LAYERS=${LAYERS:-}                    # hidden sizes, such as "512 256 128"
+E_DIM=${E_DIM:-}
+NUM_EMB_LIST=${NUM_EMB_LIST:-}        # codes of each level, such as "256 256 256"
+QUANT_LOSS_WEIGHT=${QUANT_LOSS_WEIGHT:-}
+SK_EPSILONS=${SK_EPSILONS:-}          # balances the codes in training, such as "0.01 0.01 0.01"
+KMEANS_INIT=${KMEANS_INIT:-}
 
-reads   DATA_PATH   item embeddings, float32 (items, dim)           (required)
-writes  CKPT_DIR    best_loss and best_collision checkpoints        (required)
+# ---- training
+LR=${LR:-}
+EPOCHS=${EPOCHS:-}
+BATCH_SIZE=${BATCH_SIZE:-}
+EVAL_STEP=${EVAL_STEP:-}              # epochs between evaluations
+LR_SCHEDULER_TYPE=${LR_SCHEDULER_TYPE:-}
+WARMUP_EPOCHS=${WARMUP_EPOCHS:-}
+WEIGHT_DECAY=${WEIGHT_DECAY:-}
+SEED=${SEED:-}
 
-Started again, it goes on where it was killed; a finished run is left as it is.
-Variables, with their defaults (lists are separated by blanks):
-  LR=1e-3 EPOCHS=10000 BATCH_SIZE=20480 EVAL_STEP=50 LEARNER=AdamW LR_SCHEDULER_TYPE=constant WARMUP_EPOCHS=50
-  WEIGHT_DECAY=1e-4 DROPOUT_PROB=0.0 BN=False LOSS_TYPE=mse KMEANS_INIT=True KMEANS_ITERS=100
-  NUM_EMB_LIST="256 256 256" SK_EPSILONS="" (none: 0 at every level) SK_ITERS=50 E_DIM=32 QUANT_LOSS_WEIGHT=1.0
-  BETA=0.25 LAYERS="2048 1024 512 256 128 64" SAVE_LIMIT=5 DEAD_CODE_THRESHOLD=0 (items an
-  epoch; below it a code restarts) SEED=2024 DEVICE="" (cuda if there is one) COMPILE=False (cuda) OVERWRITE=False
-TEXT
-}
-
-refuse_arguments "$@"
-require DATA_PATH CKPT_DIR
-# Lists are unquoted on purpose: one word is one value.
-exec python -m rq.rqvae --data_path "$DATA_PATH" --ckpt_dir "$CKPT_DIR" \
-    --lr "$LR" --epochs "$EPOCHS" --batch_size "$BATCH_SIZE" --eval_step "$EVAL_STEP" \
-    --learner "$LEARNER" --lr_scheduler_type "$LR_SCHEDULER_TYPE" --warmup_epochs "$WARMUP_EPOCHS" \
-    --weight_decay "$WEIGHT_DECAY" --dropout_prob "$DROPOUT_PROB" --bn "$BN" --loss_type "$LOSS_TYPE" \
-    --kmeans_init "$KMEANS_INIT" --kmeans_iters "$KMEANS_ITERS" --num_emb_list $NUM_EMB_LIST \
-    ${SK_EPSILONS:+--sk_epsilons $SK_EPSILONS} --sk_iters "$SK_ITERS" --e_dim "$E_DIM" \
-    --quant_loss_weight "$QUANT_LOSS_WEIGHT" --beta "$BETA" --layers $LAYERS --save_limit "$SAVE_LIMIT" \
-    --dead_code_threshold "$DEAD_CODE_THRESHOLD" --seed "$SEED" --compile "$COMPILE" \
-    ${DEVICE:+--device "$DEVICE"} --overwrite "$OVERWRITE"
+launch python rq.rqvae "$@"

@@ -1,55 +1,51 @@
-"""How good an index is: figures as JSON and as a picture, of one index or of several side by side.
+"""Compare indexes: quality figures of one or several, as a table, as JSON and as a picture.
 
-    python -m rq.sid_report A.index.json B.index.json --data_path <D>.emb-minilm-td.npy --output_file compare.json
+    python -m rq.sid_report output/quickstart/data/ml-100k.index.json         --data_path output/quickstart/data/ml-100k.emb-minilm-td.npy --output_file output/compare.json
 
-prints a table; --output_file writes the figures and a .png beside them. Every quantizer writes the same for its own
-index, as <D>.index.quality.json and .png. Reconstruction errors are shares of the embedding's variance that are left
-after 1, 2, ... levels:
-
-    reconstruction_error   by the quantizer itself: its codebooks, or its decoder
-    fitted_error           by the mean residual of the items of each code: needs the index and the embedding alone, so
-                           any two indexes can be compared, whatever made them
+Several index files give a line each. --output_file writes all figures, and a picture with the suffix .png. `rq.quality`
+explains the figures. Every quantizer writes them for its index, as <D>.index.quality.json and .png.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from transformers.hf_argparser import HfArg
-
 from minionerec.common.embeddings import load_embeddings
 from minionerec.common.errors import UserError
 from minionerec.common.files import read_json
-from minionerec.common.options import run
-from rq.index_file import read_codes
-from rq.picture import write_report
-from rq.quality import fitted_error, quality
+from minionerec.common.options import INPUT, OUTPUT, StageOptions, option, run
+from rq.files import report_path
 
 
 @dataclass
-class Options:
-    index: list[str] = HfArg(default_factory=list, help="index files; also without the flag, before any other")
-    data_path: str = HfArg(default="", help="their embeddings, for the fitted error")
-    output_file: str = HfArg(default="", help="a .json for the figures; the picture goes beside it")
+class Options(StageOptions):
+    index: list[str] = option([], "index files; also as first arguments, without the flag", role=INPUT)
+    data_path: str = option("", "their embeddings, for the fitted error", role=INPUT)
+    output_file: str = option("", "file for the figures, a .json; the picture goes beside it", role=OUTPUT)
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.index:
             raise UserError("give one or more index files: python -m rq.sid_report A.index.json B.index.json")
-        if self.output_file and not self.output_file.endswith(".json"):
-            raise UserError(f"--output_file is {self.output_file!r}, expected a name like compare.json")
+        is_json = not self.output_file or self.output_file.endswith(".json")
+        self.check(output_file=(is_json, "a name like compare.json"))
 
 
-def report_of(path: str | Path, embeddings: Tensor | None) -> dict:
-    """The report of an index file: what stands beside it, if it is this index's, and what can be told now."""
+def report_of(path: str | Path, embeddings) -> dict:
+    """The report of an index file: the one beside it, if it is of this index, and what can be computed now.
+
+    embeddings: a tensor (items, dim), or None.
+    """
+    from rq.index_file import read_codes
+    from rq.quality import fitted_error, quality
+
     codes = read_codes(path, "index")
     after = quality(codes)
     if embeddings is not None:
         if len(embeddings) != len(codes):
             raise UserError(f"{path}: {len(codes)} items, but --data_path has {len(embeddings)} rows")
         after["fitted_error"] = fitted_error(embeddings, codes)
-    beside = Path(path).with_suffix(".quality.json")
+    beside = report_path(path)
     there = read_json(beside, "index") if beside.exists() else {}
     known = there.get("after", {})
     if all(known.get(name) == after[name] for name in ("n_items", "items_per_sid", "perplexity", "codes_used")):
@@ -71,7 +67,7 @@ COLUMNS = (
 
 
 def table(reports: dict[str, dict]) -> str:
-    """A text table, a line for each of `reports`; errors are those of the last level."""
+    """A text table, one line per report; errors are those of the last level."""
     lines = [COLUMNS]
     for name, report in reports.items():
         after = report["after"]
@@ -94,6 +90,10 @@ def table(reports: dict[str, dict]) -> str:
 
 
 def main(options: Options) -> None:
+    import torch
+
+    from rq.picture import write_report
+
     embeddings = torch.from_numpy(load_embeddings(options.data_path)) if options.data_path else None
     reports = {path: report_of(path, embeddings) for path in options.index}
     print(table(reports))
@@ -105,5 +105,5 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        sys.argv.insert(1, "--index")
+        sys.argv.insert(1, "--index")  # the index files may come first, without the flag
     run(main, Options)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, write_world
+from helpers import ROOT, run_stage, sft_environment, write_world
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +66,14 @@ def checkpoint_folder(policy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy") / "checkpoint"
     save(policy.model, policy.tokenizer, DEFAULT_TEMPLATE, folder, Settings())
     return folder
+
+
+@pytest.fixture(scope="session")
+def sft_checkpoint(world, base_model, tmp_path_factory):
+    """A checkpoint of sft.sh, which the tests of later stages share."""
+    output = tmp_path_factory.mktemp("sft") / "sft"
+    run_stage("sft.sh", env=sft_environment(world, base_model, output))
+    return output
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,3 +75,42 @@ def run_stage(script: str, *arguments, env: dict | None = None, check: bool = Tr
     if check:
         assert done.returncode == 0, f"{script} {arguments}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done
+
+
+def sft_environment(world, base_model, output, **more) -> dict:
+    """Variables of sft.sh for a short training on the small data set."""
+    return {
+        "BASE_MODEL": base_model,
+        "TRAIN_FROM_SCRATCH": "True",
+        "TRAIN_FILE": world.train,
+        "EVAL_FILE": world.valid,
+        "SID_INDEX_PATH": world.index,
+        "ITEM_META_PATH": world.items,
+        "OUTPUT_DIR": output,
+        "CATEGORY": "Toys_and_Games",
+        "BATCH_SIZE": 16,
+        "MICRO_BATCH_SIZE": 8,
+        "NUM_EPOCHS": 2,
+        "LEARNING_RATE": 5e-3,
+        "EVAL_STEP": 0.5,
+        "NPROC": 1,
+    } | more
+
+
+def killed_midway(script: str, environment: dict, output: Path) -> None:
+    """Start a launcher, and kill all its processes once it has written a checkpoint."""
+    own = {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        ["bash", script],
+        cwd=ROOT,
+        env=os.environ | own | {k: str(v) for k, v in environment.items()},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while not list(output.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,133 +1,94 @@
-import ast
+"""The data entry, prompts and tasks.
+
+Invariants: files that do not belong together are refused; one wording for SFT, RL and evaluation; no prompt of any task
+shows its answer; every row carries its own target; a template is checked when it is loaded, its key named; upstream's
+wording gives upstream's prompts.
+"""
+
 import json
 import random
 import re
 
-import numpy as np
 import polars as pl
 import pytest
-from helpers import INDUSTRIAL, N_ITEMS, ROOT
+import yaml
+from helpers import INDUSTRIAL, N_ITEMS, QWEN_TOKENIZER, ROOT
 
 from data import (
     DEFAULT_TASKS,
-    SFT_TASKS,
+    DEFAULT_TEMPLATE,
+    RL_TASKS,
+    TASKS,
     Prompts,
+    drawn,
+    load,
     next_sid_prompts,
+    parse_rl_tasks,
     parse_tasks,
-    read_sequences,
+    read_items,
     readable,
     rl_rows,
     sft_pairs,
     template_of,
 )
-from minionerec.catalog.catalog import target_counts
-from minionerec.catalog.items import Items, read_info, read_titles
+from minionerec.catalog.items import MAX_TITLE, Items
 from minionerec.common.errors import UserError
 
 ITEMS = Items(["<a_0><b_1>", "<a_1><b_0>", "<a_2><b_2>", "<a_0><b_3>"], ["One", "Two; or so", "Same", "Same"])
 ROWS = pl.DataFrame({"user": ["u", "v", "w"], "history": [[0, 1], [2], [0, 1]], "target": [2, 3, 3]})
-HEADER = "user_id,history_item_title,item_title,history_item_id,item_id,history_item_sid,item_sid\n"
+UPSTREAM = ROOT / "config" / "prompt_upstream.yaml"
 
 
-def test_conversion_round_trip(world):
-    """What convert_dataset writes is what read_sequences reads, quotes and commas in titles included."""
-    items = read_info(world.info)
-    assert items.titles == read_titles(world.items) and len(items.sids) == N_ITEMS
-    for split in ("train", "valid", "test"):
-        written = (world.folder / f"toy.{split}.inter").read_text().splitlines()[1:]
-        rows = read_sequences(getattr(world, split), items.sids, "file")
-        assert len(rows) == len(written)
-        for line, (user, history, target) in zip(written, rows.iter_rows(), strict=True):
-            assert line == f"{user}\t{' '.join(map(str, history))}\t{target}"
-    table = pl.read_csv(world.train)
-    row = table.row(0, named=True)
-    ids = ast.literal_eval(row["history_item_id"])
-    assert ast.literal_eval(row["history_item_title"]) == [items.titles[i] for i in ids]
-    assert ast.literal_eval(row["history_item_sid"]) == [items.sids[i] for i in ids]
+# ------------------------------------------------------------------------------------------------ loading
 
 
-def test_history_is_cut_to_the_latest(world):
-    items = read_info(world.info)
-    long = read_sequences(world.train, items.sids, "file")
-    short = read_sequences(world.train, items.sids, "file", max_history=2)
-    assert short["history"].to_list() == [history[-2:] for history in long["history"].to_list()]
-    assert short["seen"].to_list() == long["seen"].to_list() == long["history"].to_list()  # never cut
+def test_load(world):
+    data = load(info_file=world.info, train=world.train, test=world.test, max_history=3)
+    assert data.valid is None and len(data.items.sids) == N_ITEMS == data.catalog.n_items
+    assert data.test["history"].list.len().max() == 3
+    counts = dict(data.train["target"].value_counts().iter_rows())
+    first, second = data.catalog.items_of_sid[data.catalog.sid_of_item[5]]
+    assert {first, second} == {5, 6} and (counts.get(first, 0), -first) > (counts.get(second, 0), -second)
+    assert load(sid_index_path=world.index, item_meta_path=world.items).items == data.items
 
 
-def csv(tmp_path, body, header=HEADER):
-    path = tmp_path / "rows.csv"
-    path.write_text(header + body)
-    return path
+def test_files_must_agree(world, tmp_path):
+    index = json.loads(world.index.read_text())
+    del index[str(N_ITEMS - 1)]
+    (tmp_path / "short.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="found 48 items, expected the 47"):
+        read_items("", tmp_path / "short.json", world.items)
+    index = json.loads(world.index.read_text()) | {"0": ["<a_9>", "<b_9>", "<c_9>"]}
+    (tmp_path / "other.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="48 items that differ from the 48"):
+        read_items(world.info, tmp_path / "other.json")
+    with pytest.raises(UserError, match="--max_history 0: expected at least 1"):
+        load(info_file=world.info, max_history=0)
 
 
-GOOD = "u,['One'],Two,[0],1,['<a_0><b_1>'],<a_1><b_0>\n"
+def test_errors_name_the_option_of_the_caller(world, tmp_path):
+    with pytest.raises(UserError, match="check --valid_file"):
+        load(info_file=world.info, valid=tmp_path / "none.csv", flags={"valid": "valid_file"})
+    with pytest.raises(UserError, match="check --eval_file"):
+        load(info_file=world.info, valid=tmp_path / "none.csv")
 
 
-@pytest.mark.parametrize(
-    "body, header, found",
-    [
-        (GOOD, HEADER.replace("item_sid\n", "sid\n").replace("history_item_sid", "x"), "no column 'history_item_sid'"),
-        ("", HEADER, "found no rows"),
-        (
-            GOOD + "u,['One'],Two,nonsense,1,['<a_0><b_1>'],<a_1><b_0>\n",
-            HEADER,
-            "row 3, column history_item_id: found 'nonsense'",
-        ),
-        (GOOD + "u,['One'],Two,\"[0, 'x']\",1,['<a_0><b_1>'],<a_1><b_0>\n", HEADER, "row 3, column history_item_id"),
-        ("u,['One'],Two,[0],9,['<a_0><b_1>'],<a_1><b_0>\n", HEADER, "row 2, column item_id: found '9'"),
-        ("u,['One'],Two,[7],1,['<a_0><b_1>'],<a_1><b_0>\n", HEADER, "row 2, column history_item_id: found '\\[7\\]'"),
-        ("u,['One'],Two,[0],1,['<a_0><b_1>'],<a_9><b_9>\n", HEADER, "row 2, column item_sid: found '<a_9><b_9>'"),
-        ("u,['One'],Two,[0],1,['<a_9><b_1>'],<a_1><b_0>\n", HEADER, "row 2, column history_item_sid"),
-        ("u,['One'],Two,\"[0, 0]\",1,['<a_0><b_1>'],<a_1><b_0>\n", HEADER, "row 2, column history_item_sid"),
-    ],
-)
-def test_bad_csv(tmp_path, body, header, found):
-    with pytest.raises(UserError, match=found):
-        read_sequences(csv(tmp_path, body, header), ITEMS.sids, "train_file")
+def test_titles_are_made_fit_for_prompts_once(tmp_path, capsys, monkeypatch):
+    (tmp_path / "info.txt").write_text(f"<a_0>\tSee <a_0>\t0\n<a_1>\t{'x' * 1000}\t1\n")
+    assert read_items(tmp_path / "info.txt").titles == ["See", "x" * MAX_TITLE]
+    assert capsys.readouterr().out.count("info.txt: ") == 2
+    monkeypatch.setenv("RANK", "1")
+    read_items(tmp_path / "info.txt")
+    assert capsys.readouterr().out == ""
 
 
-def test_missing_file_names_the_flag(tmp_path):
-    with pytest.raises(UserError, match="no such file.*--train_file"):
-        read_sequences(tmp_path / "none.csv", ITEMS.sids, "train_file")
+def test_drawn_rows():
+    rows = pl.DataFrame({"target": range(100)})
+    assert drawn(rows, -1, 0).equals(rows) and drawn(rows, 100, 0).equals(rows)
+    assert drawn(rows, 10, 1).equals(drawn(rows, 10, 1)) and not drawn(rows, 10, 1).equals(drawn(rows, 10, 2))
 
 
-def test_cells_are_never_executed(tmp_path):
-    victim = tmp_path / "executed"
-    cell = f"\"[__import__('pathlib').Path('{victim}').touch()]\""
-    with pytest.raises(UserError, match="expected a list literal"):
-        read_sequences(csv(tmp_path, f"u,x,Two,{cell},1,x,<a_1><b_0>\n"), ITEMS.sids, "train_file")
-    assert not victim.exists()
-
-
-def test_unusual_literals_still_read(tmp_path):
-    path = csv(
-        tmp_path, "u,x,Two,\"('0', 1)\",1,\"['<a_0><b_1>', '<a_1><b_0>']\",<a_1><b_0>\nu,x,Two,[],1,[],<a_1><b_0>\n"
-    )
-    assert read_sequences(path, ITEMS.sids, "train_file")["history"].to_list() == [[0, 1], []]
-
-
-@pytest.mark.parametrize(
-    "content, found",
-    [
-        ("<a_0>\tOne\n", "line 1"),
-        ("<a_0>\tOne\t0\n<a_1>\tTwo\t2\n", "expected each of 0..n-1"),
-        ("x\tOne\t0\n", "line 1"),
-    ],
-)
-def test_bad_info(tmp_path, content, found):
-    path = tmp_path / "info.txt"
-    path.write_text(content)
-    with pytest.raises(UserError, match=found):
-        read_info(path)
-
-
-def test_info_titles_may_hold_anything_but_the_first_and_last_tab(tmp_path):
-    path = tmp_path / "info.txt"
-    path.write_text("<a_0>\tA\ttab and \u2028 a separator\t0\n", encoding="utf-8")
-    assert read_info(path).titles == ["A\ttab and \u2028 a separator"]
-
-
-# ------------------------------------------------------------------------------------------------ prompts
+# ------------------------------------------------------------------------------------------------ prompts and answers
 
 
 def random_world(seed):
@@ -145,32 +106,79 @@ def random_world(seed):
     )
 
 
-@pytest.mark.parametrize("task", SFT_TASKS)
-def test_a_prompt_never_contains_its_answer(task):
+@pytest.mark.parametrize("template", [DEFAULT_TEMPLATE, UPSTREAM])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_prompt_never_contains_its_answer(task, template):
     items, rows = random_world(0)
-    pairs = list(SFT_TASKS[task](rows, items, Prompts(category="Video_Games")))
-    assert len(pairs) in (30, 50)
-    for prompt, answer in pairs:
+    examples = list(TASKS[task].examples(rows, items, Prompts(template, category="Video_Games")))
+    assert len(examples) in (30, 50)
+    for prompt, answer, history, target in examples:
+        assert answer and answer not in prompt and target not in history
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_prompt_never_contains_its_answer_where_titles_hold_sids_and_histories_are_empty(task, tmp_path):
+    """Titles that hold the SID of their item, of the next item or of all items; rows without history."""
+    items, rows = random_world(1)
+    titles = [f"xq{i}xq {sid} {items.sids[(i + 1) % 30]} {' '.join(items.sids)}" for i, sid in enumerate(items.sids)]
+    lines = [f"{sid}\t{title}\t{i}\n" for i, (sid, title) in enumerate(zip(items.sids, titles, strict=True))]
+    (tmp_path / "info.txt").write_text("".join(lines))
+    items = read_items(tmp_path / "info.txt")
+    empty = rows.with_columns(history=pl.lit([], dtype=pl.List(pl.Int64)))
+    for prompt, answer, *_ in TASKS[task].examples(pl.concat([rows, empty]), items, Prompts()):
         assert answer and answer not in prompt
+
+
+def test_rows_that_a_task_cannot_use_are_counted(capsys):
+    rows = pl.concat([ROWS, pl.DataFrame({"user": ["x"], "history": [[]], "target": [1]}, schema=ROWS.schema)])
+    pairs = sft_pairs({"sid_walk": 1, "sid_seq": 1}, rows, ITEMS, Prompts(), seed=0)
+    assert len(pairs) == 3 + 4
+    assert capsys.readouterr().out == "sid_walk: 1 of 4 rows are left out, those without history\n"
+    with pytest.raises(UserError, match="--sft_tasks sid_walk: no row is left"):
+        sft_pairs({"sid_walk": 1}, rows.tail(1), ITEMS, Prompts(), seed=0)
+
+
+def test_a_preference_that_contains_the_answer_is_refused():
+    rows = ROWS.with_columns(preference=pl.Series([None, "things", "likes <a_0> <b_3>"]))
+    with pytest.raises(UserError, match="the text of user w contains <a_0><b_3>"):
+        sft_pairs({"preference2sid": 1}, rows, ITEMS, Prompts(), seed=0)
+    with pytest.raises(UserError, match="need --user_preference_file"):
+        sft_pairs({"preference2sid": 1}, ROWS, ITEMS, Prompts(), seed=0)
 
 
 def test_one_wording_for_sft_rl_and_evaluation():
     items, rows = random_world(1)
     prompts = Prompts(category="Video_Games")
     asked = next_sid_prompts(rows, items, prompts)
-    assert [prompt for prompt, _ in SFT_TASKS["sid_seq"](rows, items, prompts)] == asked
+    assert [prompt for prompt, *_ in TASKS["sid_seq"].examples(rows, items, prompts)] == asked
     assert rl_rows(rows, items, prompts)["prompt"] == asked
     assert all(prompts.tasks["sid_seq"]["instruction"].format(category="video games") in prompt for prompt in asked)
 
 
 def test_equal_prompts_keep_their_own_targets():
-    """Two users with one history and different targets; two items with one title (design section 13, 2 and 9)."""
+    """Two users with one history and different targets; two items with one title."""
     columns = rl_rows(ROWS, ITEMS, Prompts())
     assert columns["prompt"][0] == columns["prompt"][2]
     assert columns["target_sid"] == ["<a_2><b_2>", "<a_0><b_3>", "<a_0><b_3>"] and columns["target_item"] == [2, 3, 3]
-    title2sid = list(SFT_TASKS["title2sid"](ROWS, ITEMS, Prompts()))
-    assert [answer for _, answer in title2sid] == ITEMS.sids
-    assert title2sid[2][0] == title2sid[3][0]
+    title2sid = list(TASKS["title2sid"].examples(ROWS, ITEMS, Prompts()))
+    assert [example.answer for example in title2sid] == ITEMS.sids
+    assert [example.target for example in title2sid] == [0, 1, 2, 3]
+    assert title2sid[2].prompt == title2sid[3].prompt
+
+
+@pytest.mark.skipif(not INDUSTRIAL.exists(), reason="the industrial data is not available")
+def test_published_rows_share_prompts():
+    """A dictionary from prompt text to target would be wrong for at least 137 rows."""
+    name = "Industrial_and_Scientific"
+    data = load(info_file=next(INDUSTRIAL.glob("info/*.txt")), test=next(INDUSTRIAL.glob("test/*.csv")))
+    rows = rl_rows(data.test, data.items, Prompts(category=name))
+    by_prompt = {}
+    for prompt, target in zip(rows["prompt"], rows["target_item"], strict=True):
+        by_prompt.setdefault(prompt, set()).add(target)
+    assert sum(len(by_prompt[prompt]) > 1 for prompt in rows["prompt"]) >= 137
+
+
+# ------------------------------------------------------------------------------------------------ templates
 
 
 def test_categories():
@@ -179,14 +187,137 @@ def test_categories():
     assert Prompts(category="Office_Products").category == "office products"
     assert Prompts(category="Industrial_and_Scientific").category == "industrial and scientific items"
     assert Prompts().category == "items"
+    for category in ("x" * 300, "{history} {0} {", "../etc", "a\nb", "<é>"):
+        assert Prompts(category=category).category
+        next_sid_prompts(ROWS, ITEMS, Prompts(category=category))
 
 
 def test_template_of_a_checkpoint(tmp_path):
-    assert template_of(tmp_path).name == "prompt.yaml" and template_of(tmp_path).parent.name == "config"
+    assert template_of(tmp_path) == DEFAULT_TEMPLATE
     (tmp_path / "prompt.yaml").write_text("own")
     assert template_of(tmp_path) == tmp_path / "prompt.yaml"
+    assert template_of(tmp_path, str(UPSTREAM)) == UPSTREAM
     with pytest.raises(UserError, match="not a prompt template"):
         Prompts(tmp_path / "prompt.yaml")
+
+
+def change(**changes):
+    """A function that sets keys of a template; `__` leads into a mapping, None removes."""
+
+    def changed(template):
+        for path, value in changes.items():
+            *folders, key = path.split("__")
+            inner = template
+            for folder in folders:
+                inner = inner[folder]
+            if value is None:
+                del inner[key]
+            else:
+                inner[key] = value
+
+    return changed
+
+
+TEMPLATES = {
+    "a missing key": (change(response_marker=None), "response_marker is 'missing', expected a text"),
+    "an unknown key": (change(respons_marker="x"), "respons_marker is 'x', expected no such key"),
+    "a number": (change(sid_separator=5), "sid_separator is '5', expected a text"),
+    "an empty value": (change(input_marker=[]), "input_marker is '[]', expected a text"),
+    "no tasks": (change(tasks=["sid_seq"]), "tasks is \"['sid_seq']\", expected keys and values"),
+    "a category that is a number": (change(categories__Books=5), "categories: Books is '5', expected a text"),
+    "a category named by a number": (change(categories={5: "x"}), "categories: 5 is 'x', expected a text for a name"),
+    "a task without input": (change(tasks__sid_seq__input=None), "tasks: sid_seq is"),
+    "a task with more": (change(tasks__sid_seq__output="x"), "tasks: sid_seq is"),
+    "a task that is a text": (change(tasks__sid_seq="x"), "tasks: sid_seq is 'x', expected the keys instruction and input"),
+    "an unknown field": (change(tasks__sid_seq__input="{histroy}"), "tasks: sid_seq: input is '{histroy}'"),
+    "another task's field": (change(tasks__sid_seq__input="{item}"), "tasks: sid_seq: input is '{item}'"),
+    "no field": (change(tasks__sid_seq__input="x"), "expected a text with {history} or {category} and no other field"),
+    "a number as wording": (change(tasks__sid_seq__input=5), "tasks: sid_seq: input is '5'"),
+    "a field in an instruction": (change(tasks__sid_seq__instruction="{history}"), "tasks: sid_seq: instruction is"),
+    "an attribute": (change(tasks__sid_seq__input="{history.__class__}"), "tasks: sid_seq: input is"),
+    "an index": (change(tasks__sid_seq__input="{history[0]}"), "tasks: sid_seq: input is"),
+    "a width": (change(tasks__sid_seq__input="{history:>9999999999}"), "tasks: sid_seq: input is"),
+    "a conversion": (change(tasks__sid_seq__input="{history!r}"), "tasks: sid_seq: input is"),
+    "a nameless field": (change(tasks__sid_seq__input="{history} {}"), "tasks: sid_seq: input is"),
+    "a brace": (change(tasks__sid_seq__input="{history"), "tasks: sid_seq: input is '{history'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_bad_template_names_the_key(tmp_path, case):
+    changed, found = TEMPLATES[case]
+    template = yaml.safe_load(DEFAULT_TEMPLATE.read_text())
+    changed(template)
+    path = tmp_path / "template.yaml"
+    path.write_text(yaml.safe_dump(template))
+    with pytest.raises(UserError) as refused:
+        Prompts(path)
+    message = str(refused.value)
+    assert message.startswith(f"{path}: not a prompt template: ") and found in message and "\n" not in message
+
+
+@pytest.mark.parametrize("content", [b"", b"- x", b"a: b: c", b"\xff", b"x: !!python/object:os.system ls", b"[" * 9999])
+def test_a_file_that_is_no_template(tmp_path, content):
+    (tmp_path / "template.yaml").write_bytes(content)
+    with pytest.raises(UserError, match="template.yaml"):
+        Prompts(tmp_path / "template.yaml")
+
+
+def test_a_template_may_word_more_tasks_and_name_the_category_anywhere(tmp_path):
+    template = yaml.safe_load(DEFAULT_TEMPLATE.read_text())
+    template["tasks"]["mine"] = {"instruction": "{category}", "input": "{item} of {category} {{x}}"}
+    (tmp_path / "template.yaml").write_text(yaml.safe_dump(template), encoding="utf-8-sig")
+    prompt = Prompts(tmp_path / "template.yaml", category="toys").render("mine", item="Ball")
+    assert prompt == "toys\nBall of toys {x}\nAnswer:\n"
+    with pytest.raises(UserError, match="no wording for task 'other'"):
+        Prompts(tmp_path / "template.yaml").render("other")
+
+
+# ------------------------------------------------------------------------------------------------ upstream's wording
+
+
+def upstream_prompt(history: list[str]) -> tuple[str, str]:
+    """The two texts that upstream's EvalSidDataset tokenises, one after the other."""
+    asked = "Can you predict the next possible item"
+    instruction = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        f"response that appropriately completes the request. \n\n### Instruction:\n{asked} that the user may expect?\n\n"
+    )
+    asked += f" the user may expect, given the following chronological interaction history: {', '.join(history)}"
+    return instruction, f"### User Input: \n{asked}\n\n### Response:\n"
+
+
+def test_upstreams_wording():
+    prompts = Prompts(UPSTREAM)
+    asked = next_sid_prompts(ROWS, ITEMS, prompts)
+    assert asked == ["".join(upstream_prompt([ITEMS.sids[i] for i in history])) for history in ROWS["history"]]
+    assert prompts.response_suffix == "\n"
+    assert set(prompts.tasks) == set(TASKS)
+    [prompt, *_] = [example.prompt for example in TASKS["title_seq2sid"].examples(ROWS, ITEMS, prompts)]
+    assert 'the following items items in chronological order: "One", "Two; or so". Can you' in prompt
+
+
+@pytest.mark.skipif(not INDUSTRIAL.exists() or not QWEN_TOKENIZER.exists(), reason="the data is not available")
+def test_upstreams_token_ids():
+    """For all 4 533 test rows of the published Industrial set, with the tokenizer of Qwen2.5."""
+    from transformers import AutoTokenizer
+
+    from minionerec.catalog.sids import codebook_tokens
+
+    data = load(info_file=next(INDUSTRIAL.glob("info/*.txt")), test=next(INDUSTRIAL.glob("test/*.csv")))
+    tokenizer = AutoTokenizer.from_pretrained(QWEN_TOKENIZER)
+    tokenizer.add_tokens(codebook_tokens(data.items.sids))
+    asked = next_sid_prompts(data.test, data.items, Prompts(UPSTREAM, category="Industrial_and_Scientific"))
+    ours = tokenizer(asked)["input_ids"]
+    parts = []
+    for history in data.test["history"].to_list():
+        instruction, part = upstream_prompt([data.items.sids[i] for i in history])
+        parts.append(part)
+    before = tokenizer(instruction)["input_ids"]
+    assert len(ours) == 4533 and ours == [before + ids for ids in tokenizer(parts)["input_ids"]]
+
+
+# ------------------------------------------------------------------------------------------------ tasks
 
 
 def test_task_weights():
@@ -195,64 +326,37 @@ def test_task_weights():
     items, rows = random_world(2)
     pairs = sft_pairs({"sid_seq": 2.5, "title2sid": 0.1}, rows, items, Prompts(), seed=0)
     assert len(pairs) == 125 + 3 and pairs == sft_pairs({"sid_seq": 2.5, "title2sid": 0.1}, rows, items, Prompts(), 0)
-    for bad in ("nonsense", "sid_seq:x", "sid_seq:-1", "", "sid_seq:0"):
+    for bad in ("nonsense", "sid_seq:x", "sid_seq:-1", "", "sid_seq:0", "sid_seq:nan", "sid_seq:inf", "sid_seq:1e9"):
         with pytest.raises(UserError, match="--sft_tasks"):
             parse_tasks(bad)
 
 
-def test_popularity_counts():
-    assert target_counts(ROWS, 4) == [0, 0, 1, 2]
+def test_rl_tasks_answer_with_a_sid():
+    assert RL_TASKS == ["sid_seq", "title2sid", "title_seq2sid"]
+    assert parse_rl_tasks("sid_seq, title2sid:10") == {"sid_seq": None, "title2sid": 10}
+    for bad in ("sid2title", "sid_seq:0", "sid_seq:x", "", "sid_seq,sid_seq", "sid_seq:-1", "sid_seq:1.5"):
+        with pytest.raises(UserError, match="--rl_tasks"):
+            parse_rl_tasks(bad)
 
 
-@pytest.mark.skipif(not INDUSTRIAL.exists(), reason="the industrial data is not beside the project")
-def test_published_files_read():
-    name = "Industrial_and_Scientific"
-    info = read_info(INDUSTRIAL / "info" / f"{name}_5_2016-10-2018-11.txt")
-    rows = {
-        s: read_sequences(INDUSTRIAL / s / f"{name}_5_2016-10-2018-11.csv", info.sids, s)
-        for s in ("train", "valid", "test")
-    }
-    assert {split: len(r) for split, r in rows.items()} == {"train": 10393, "valid": 4532, "test": 4533}
-    test = rl_rows(rows["test"], info, Prompts(category=name))
-    by_prompt = {}
-    for prompt, target in zip(test["prompt"], test["target_item"], strict=True):
-        by_prompt.setdefault(prompt, set()).add(target)
-    shared = sum(len(by_prompt[prompt]) > 1 for prompt in test["prompt"])
-    assert shared >= 137  # a dictionary from prompt text to target would be wrong for these rows
+def test_rl_rows_of_several_tasks():
+    items, rows = random_world(3)
+    columns = rl_rows(rows, items, Prompts(), {"title2sid": 5, "title_seq2sid": None}, seed=1)
+    assert columns["task"] == ["title2sid"] * 5 + ["title_seq2sid"] * 50
+    assert columns["history_items"][:5] == [[]] * 5 and columns["history_items"][5:] == rows["history"].to_list()
+    assert columns["target_sid"] == [items.sids[target] for target in columns["target_item"]]
+    assert columns["target_item"][5:] == rows["target"].to_list()
 
 
-def test_movielens(tmp_path):
-    """Preprocessing by hand: order by time, ties in file order, leave-one-out, unrated items left out."""
-    from preprocess import movielens
-
-    ratings = [(1, 10, 5), (1, 30, 1), (2, 10, 1), (1, 20, 5), (2, 20, 2), (2, 30, 3), (1, 40, 9), (3, 10, 1)]
-    lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
-    lines += [f"{user}\t{item}\t5\t{time}" for user, item, time in ratings]
-    (tmp_path / "ml-100k.inter").write_text("\n".join(lines) + "\n")
-    films = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
-    films += "".join(f"{i}\tFilm {i}\t199{i // 10}\tDrama War\n" for i in (10, 20, 30, 40, 50))
-    (tmp_path / "ml-100k.item").write_text(films)
-    movielens.main(movielens.Options(output_dir=str(tmp_path / "out"), input_dir=str(tmp_path), max_history=2))
-    inter = {
-        split: sorted((tmp_path / "out" / f"ml-100k.{split}.inter").read_text().splitlines()[1:])
-        for split in ("train", "valid", "test")
-    }
-    # user 1: 30, 10, 20, 40 by time; user 2: 10, 20, 30; user 3 has one rating; ids are 0..3 for films 10..40
-    assert inter == {"train": ["1\t2\t0"], "valid": ["1\t2 0\t1", "2\t0\t1"], "test": ["1\t0 1\t3", "2\t0 1\t2"]}
-    items = json.loads((tmp_path / "out" / "ml-100k.item.json").read_text())
-    assert len(items) == 4 and items["0"]["title"] == "Film 10 (1991)" and items["0"]["categories"] == "Drama, War"
+# ------------------------------------------------------------------------------------------------ safety
 
 
 def test_no_module_evaluates_or_unpickles():
-    """Design section 13, 14; what it finds would be a way to execute a data file."""
-    unsafe = re.compile(r"(?<![\w.])eval\(|import pickle|allow_pickle=True|weights_only=False|trust_remote_code=True")
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("rq/**/*.py"), *ROOT.glob("preprocess/*.py")]:
-        assert not unsafe.search(path.read_text()), path
-
-
-def test_a_pickled_array_is_refused(tmp_path):
-    from minionerec.common.embeddings import load_embeddings
-
-    np.save(tmp_path / "x.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match="not a .npy array"):
-        load_embeddings(tmp_path / "x.npy")
+    """What it finds would be a way to execute a data file."""
+    unsafe = re.compile(
+        r"(?<![\w.])(eval|exec)\(|import pickle|allow_pickle=True|weights_only=False"
+        r"|trust_remote_code=True|yaml\.(unsafe_)?load\("
+    )
+    for room in ("*.py", "minionerec/**/*.py", "rq/**/*.py", "preprocess/**/*.py"):
+        for path in ROOT.glob(room):
+            assert not unsafe.search(path.read_text(encoding="utf-8")), path

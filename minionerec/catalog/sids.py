@@ -121,7 +121,7 @@ def read_index(path: str | Path, flag: str = "sid_index_path") -> list[str]:
         tokens = index.get(str(item))
         if tokens is None:
             raise UserError(f"{path}: item {item} is missing, expected ids 0..{len(index) - 1} without gaps")
-        if not isinstance(tokens, list) or not tokens or not all(type(token) in (str, int) for token in tokens):
+        if not isinstance(tokens, list) or not tokens or not all(_is_token(token) for token in tokens):
             raise UserError(
                 f'{path}: item {item} has {str(tokens)[:80]!r}, expected a list like ["<a_1>", "<b_2>", "<c_3>"]'
             )
@@ -129,6 +129,10 @@ def read_index(path: str | Path, flag: str = "sid_index_path") -> list[str]:
     if not items:
         raise UserError(f"{path}: no item in it; build the index first (rq/generate_indices.sh)")
     return canonical_sids(items, lambda item: f"{path}: item {item}")
+
+
+def _is_token(token) -> bool:
+    return isinstance(token, str) or (type(token) is int and token >= 0)
 
 
 def codebook_tokens(sids: Sequence[str], used_only: bool = False) -> list[str]:

@@ -202,6 +202,13 @@ def read_record(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
+def require_finished(folder: str | Path) -> None:
+    """Raise `UserError` where the record in `folder` says that the run has not finished."""
+    found = read_record(Path(folder) / RECORD)
+    if found and not found.get("complete"):
+        raise UserError(f"{folder}: {found.get('stage')} has not finished there; re-run it with the same options first")
+
+
 def results(folder, writes: Sequence[str], files: Sequence, found: dict, path: Path) -> list[Path]:
     """The files of an earlier result: those of its record, and those that this stage would write over."""
     names = [path.parent / name for name in found.get("outputs", ())]

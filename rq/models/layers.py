@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class MLP(nn.Module):
     """Linear layers with ReLU between them and none after the last: (..., sizes[0]) -> (..., sizes[-1]).
 
-    Dropout stands before every linear layer, batch norm after every one but the last. Weights start from Xavier's
+    Dropout comes before each linear layer, batch norm after each one except the last. Weights start from Xavier's
     normal distribution, biases at zero.
     """
 

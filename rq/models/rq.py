@@ -1,4 +1,4 @@
-"""Residual quantisation: each level quantises what the levels before it left over (SoundStream, arXiv 2107.03312).
+"""Residual quantisation: each level quantises the residual of the levels before it (SoundStream, arXiv 2107.03312).
 
 r = z                                     (n, dim)
 for level l:
@@ -17,15 +17,15 @@ from rq.models.vq import VectorQuantizer
 
 
 class RQOutput(NamedTuple):
-    """What the stack makes of n vectors."""
+    """The quantisation of n vectors."""
 
-    quantized: Tensor  # (n, dim) sum of the chosen vectors; its gradient goes straight through to the input
+    quantized: Tensor  # (n, dim) sum of the chosen vectors; straight-through gradient to the input
     loss: Tensor  # () mean of the levels' losses
     codes: Tensor  # (n, levels) int64
 
 
 class Codes(NamedTuple):
-    """Codes and what the last level saw: enough to choose another code at that level."""
+    """Codes and the input of the last level: enough to choose another code at that level."""
 
     codes: Tensor  # (n, levels) int64
     last_residual: Tensor  # (n, dim) the input of the last level
@@ -43,11 +43,18 @@ class ResidualQuantizer(nn.Module):
             for n_codes, epsilon in zip(num_emb_list, sk_epsilons, strict=True)
         )
 
+    @property
+    def sizes(self) -> list[int]:
+        """Codes of each level."""
+        return [len(level.codebook) for level in self.levels]
+
     def forward(self, z: Tensor) -> RQOutput:
         residual, losses, codes = z, [], []
         for level in self.levels:
             output = level(residual)
-            residual = residual - output.quantized  # detached: every level's commitment reaches the encoder
+            residual = (
+                residual - output.quantized
+            )  # the code is detached: the commitment of each level reaches the encoder
             losses.append(output.loss)
             codes.append(output.codes)
         straight_through = z - residual.detach()  # value z - r = sum of the chosen vectors, gradient 1
@@ -55,7 +62,7 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, z: Tensor, allowed: Sequence[Tensor | None] | None = None) -> Codes:
-        """The nearest codes of z (n, dim), level by level, never balanced; of each level only the `allowed` (K,)."""
+        """The nearest codes of z (n, dim), level by level, without Sinkhorn; of each level only the `allowed` (K,)."""
         residual, codes = z, []
         for i, level in enumerate(self.levels):
             last_residual = residual
@@ -65,7 +72,7 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """The vectors (n, dim) that `codes` (n, any number of leading levels) stand for."""
+        """The sum of the vectors of `codes` (n, any number of leading levels), as (n, dim)."""
         chosen = [level.codebook[code] for level, code in zip(self.levels, codes.T, strict=False)]
         return sum(chosen, start=self.levels[0].codebook.new_zeros(len(codes), 1))
 
@@ -91,21 +98,26 @@ class ResidualQuantizer(nn.Module):
 
 
 class ResidualModel(nn.Module):
-    """Embeddings to codes and back through a `quantizer` in a latent space: here the embeddings themselves."""
+    """Embeddings to codes and back through a `quantizer` in a latent space; here the latents are the embeddings."""
 
     quantizer: ResidualQuantizer
+    in_dim: int  # columns of the embeddings
+
+    @property
+    def device(self) -> torch.device:
+        return self.quantizer.levels[0].codebook.device
 
     def latent(self, x: Tensor) -> Tensor:
-        """What is quantised, (n, dim), of embeddings x (n, in_dim)."""
+        """The vectors (n, dim) to quantise, from embeddings x (n, in_dim)."""
         return x
 
     def reconstruct(self, quantized: Tensor) -> Tensor:
-        """Embeddings (n, in_dim) of quantised latents (n, dim)."""
+        """Embeddings (n, in_dim) from quantised latents (n, dim)."""
         return quantized
 
     @torch.inference_mode()
     def encode(self, x: Tensor, batch_size: int = 20480, allowed: Sequence[Tensor | None] | None = None) -> Codes:
-        """Codes of x (n, in_dim), each level's nearest (of the `allowed`, if given), without dropout.
+        """The nearest codes of x (n, in_dim) at each level, among the `allowed` ones, without dropout.
 
         Leaves the model in evaluation mode.
         """
@@ -115,13 +127,13 @@ class ResidualModel(nn.Module):
 
     @torch.inference_mode()
     def last_residual(self, x: Tensor, codes: Tensor) -> Tensor:
-        """What the last level quantises, (n, dim), where x (n, in_dim) has `codes` (n, levels), nearest or not."""
+        """The input of the last level, (n, dim), where x (n, in_dim) has `codes` (n, levels), nearest or not."""
         self.eval()
         return self.latent(x) - self.quantizer.decode(codes[:, : len(self.quantizer.levels) - 1])
 
     @torch.inference_mode()
     def squared_error(self, x: Tensor, codes: Tensor, batch_size: int = 20480) -> Tensor:
-        """Sum over x (n, in_dim) of the squared error of what the first 1, 2, ... levels of `codes` give: (levels,)."""
+        """Squared error, summed over x (n, in_dim), of reconstructions from the first 1, 2, … levels of `codes`: (levels,)."""
         self.eval()
         total = torch.zeros(codes.shape[1], dtype=torch.float64, device=x.device)
         for batch, code in zip(x.split(batch_size), codes.split(batch_size), strict=True):
@@ -132,12 +144,12 @@ class ResidualModel(nn.Module):
 
 
 class Codebooks(ResidualModel):
-    """Codebooks (K, dim) of a residual k-means, which quantise embeddings of the same dim as they are."""
+    """Codebooks (K, dim) of a residual k-means; they quantise the embeddings (n, dim) directly."""
 
     def __init__(self, codebooks: Sequence[Tensor]):
         super().__init__()
-        sizes = [len(codebook) for codebook in codebooks]
+        sizes, self.in_dim = [len(codebook) for codebook in codebooks], codebooks[0].shape[1]
         self.quantizer = ResidualQuantizer(
-            num_emb_list=sizes, dim=codebooks[0].shape[1], beta=0.0, sk_epsilons=[0.0] * len(sizes), sk_iters=1
+            num_emb_list=sizes, dim=self.in_dim, beta=0.0, sk_epsilons=[0.0] * len(sizes), sk_iters=1
         )
         self.quantizer.load_codebooks(codebooks)

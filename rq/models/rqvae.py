@@ -1,6 +1,6 @@
-"""RQ-VAE: an autoencoder whose code is residually quantised (arXiv 2107.03312; as semantic IDs: TIGER, 2305.05065),
+"""RQ-VAE, an autoencoder whose latent is residually quantised, and RQ-KMeans+, its variant that starts from k-means.
 
-and RQ-KMeans+ (GPR, arXiv 2511.10138): the same, started from the codebooks of a residual k-means.
+RQ-VAE: arXiv 2107.03312; for semantic IDs: TIGER, arXiv 2305.05065. RQ-KMeans+: GPR, arXiv 2511.10138.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ class RQVAEOutput(NamedTuple):
 
 
 class RQVAE(ResidualModel):
-    """Encoder in_dim-layers-e_dim, residual quantizer, decoder the other way round.
+    """Encoder in_dim-layers-e_dim, residual quantizer, decoder e_dim-layers reversed-in_dim.
 
-    `layers` are the hidden sizes: the input dimension is put before them and `e_dim` after them, as in LC-Rec and
-    LETTER. `sk_epsilons` has one value a level, 0 for nearest-code assignment.
+    `layers` are the hidden sizes only, as in LC-Rec and LETTER. `sk_epsilons` has one value per level; 0 means the
+    nearest code. `config` holds the arguments of the constructor.
     """
 
     def __init__(
@@ -47,6 +47,12 @@ class RQVAE(ResidualModel):
         sk_iters: int = 50,
     ):
         super().__init__()
+        self.config = {
+            "in_dim": in_dim, "layers": list(layers), "e_dim": e_dim, "num_emb_list": list(num_emb_list), "beta": beta,
+            "dropout_prob": dropout_prob, "bn": bn, "loss_type": loss_type, "quant_loss_weight": quant_loss_weight,
+            "sk_epsilons": list(sk_epsilons), "sk_iters": sk_iters,
+        }  # fmt: skip
+        self.in_dim = in_dim
         sizes = [in_dim, *layers, e_dim]
         self.reconstruction_loss = {"mse": F.mse_loss, "l1": F.l1_loss}[loss_type]
         self.quant_loss_weight = quant_loss_weight
@@ -71,20 +77,20 @@ class RQVAE(ResidualModel):
 
     @torch.no_grad()
     def init_by_kmeans(self, x: Tensor, *, iterations: int, seed: int) -> None:
-        """All codebooks from k-means on the encoded batch x (n, in_dim)."""
+        """Set all codebooks by k-means on the latents of the batch x (n, in_dim)."""
         self.quantizer.init_by_kmeans(self.latent(x), iterations=iterations, seed=seed)
 
     @torch.no_grad()
     def restart_dead_codes(self, x: Tensor, counts: Sequence[Tensor], threshold: float) -> None:
-        """Codes that `counts` (levels of (K,)) found below `threshold` restart at latents of the batch x (n, in_dim)."""
+        """Codes with `counts` (one (K,) per level) below `threshold` restart at latents of the batch x (n, in_dim)."""
         self.quantizer.restart_dead_codes(self.latent(x), counts, threshold)
 
 
 class RQKMeansPlus(RQVAE):
-    """z = x + MLP(x), whose last linear layer starts at zero: at first z = x, and codes are those of the codebooks.
+    """z = x + MLP(x), and the last linear layer of the MLP starts at zero: at first z = x.
 
-    The decoder has the same shortcut (GPR does not say what its decoder is), so that the reconstruction error starts
-    at the codebooks' own and not at that of a random network.
+    Departure from the paper, which does not describe its decoder: the decoder has the same shortcut, so that training
+    starts at the reconstruction error of the codebooks, not at that of a random network.
     """
 
     def __init__(self, *, in_dim: int, e_dim: int, **options):

@@ -1,12 +1,12 @@
-"""Item text to embedding: `<root>/<dataset>.item.json` -> `<root>/<dataset>.emb-<plm_name>-td.npy`.
+"""Item text to embeddings: `<root>/<dataset>.item.json` -> `<root>/<dataset>.emb-<plm_name>-td.npy`.
 
-    python -m rq.text2emb.amazon_text2emb --dataset Industrial_and_Scientific --root data/industrial/index \
-        --plm_name minilm --plm_checkpoint models/all-MiniLM-L6-v2
+    python -m rq.text2emb.amazon_text2emb --dataset ml-100k --root output/quickstart/data --plm_name minilm \
+        --plm_checkpoint models/all-MiniLM-L6-v2
 
-An item's text is its title, description, brand and categories, those that are not empty, in this order. An item
-without any text is embedded as "item <id>": equal embeddings could not be told apart by any code, and these are equal
-for no two items. The embedding is the mean of the last hidden states over the attention mask, scaled to length 1 where
-the encoder's `modules.json` (sentence-transformers) ends in a Normalize module.
+The text of an item is its title, description, brand and categories, those that are not empty, in this order. An item
+without text is embedded as "item <id>", because items with equal embeddings get equal codes. The embedding is the mean
+of the last hidden states over the attention mask. It is scaled to length 1 where the encoder's `modules.json`
+(sentence-transformers) ends in a Normalize module.
 """
 
 import ast
@@ -17,45 +17,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer
-from transformers.hf_argparser import HfArg
 
-from minionerec.common.devices import pick_device
+from minionerec.common import runs
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file, read_json, require_file
-from minionerec.common.options import run
+from minionerec.common.options import INPUT, RUNTIME, StageOptions, option, run
+from rq.options import DEVICE_HELP
 
 FIELDS = ("title", "description", "brand", "categories")
 _TAG = re.compile(r"</?[a-zA-Z][^>]*>")
 
 
 @dataclass
-class Options:
-    dataset: str = HfArg(default="", help="name of the data set, <D> in the file names")
-    root: str = HfArg(default="", help="folder with <D>.item.json; the embedding is written there")
-    plm_name: str = HfArg(default="", help="short name of the encoder, for the file name")
-    plm_checkpoint: str = HfArg(default="", help="Hugging Face folder of the encoder")
-    max_sent_len: int = HfArg(default=2048, help="longest text in tokens; the encoder's own limit holds too")
-    batch_size: int = HfArg(default=64, help="texts a step")
-    word_drop_ratio: float = HfArg(default=-1.0, help="share of words left out at random; 0 or less: none")
-    seed: int = HfArg(default=42, help="seed of the words left out")
-    device: str = HfArg(default="", help="cpu, cuda, cuda:1, ...; empty: cuda if there is one")
+class Options(StageOptions):
+    dataset: str = option("", "name of the data set, <D> in the file names", role=RUNTIME)
+    root: str = option("", "folder with <D>.item.json; the embeddings are written there", role=RUNTIME)
+    plm_name: str = option("", "short name of the encoder, for the file name", role=RUNTIME)
+    plm_checkpoint: str = option("", "Hugging Face folder of the encoder", role=INPUT)
+    max_sent_len: int = option(2048, "longest text in tokens; the encoder's limit applies too")
+    batch_size: int = option(64, "texts per step", role=RUNTIME)
+    word_drop_ratio: float = option(-1.0, "share of words to drop at random; 0 or less: none")
+    seed: int = option(42, "seed of the dropped words")
+    device: str = option("", DEVICE_HELP, role=RUNTIME)
 
     def __post_init__(self):
-        for flag in ("dataset", "plm_name"):
-            if not getattr(self, flag):
-                raise UserError(f"--{flag} is required")
-        for flag in ("max_sent_len", "batch_size"):
-            if getattr(self, flag) < 1:
-                raise UserError(f"--{flag} is {getattr(self, flag)}, expected at least 1")
-        if self.word_drop_ratio >= 1:
-            raise UserError(f"--word_drop_ratio is {self.word_drop_ratio}, expected below 1; 0 or less drops nothing")
+        super().__post_init__()
+        self.at_least(1, "max_sent_len", "batch_size")
+        self.check(word_drop_ratio=(self.word_drop_ratio < 1, "below 1; 0 or less drops nothing"))
 
 
 def plain_text(value) -> str:
-    """A field as one line of text. Lists, nested or written out as a string, are joined; tags and entities go."""
+    """A field as one line of text. Lists, nested or written as a string, are joined; HTML tags and entities are removed."""
     if value is None:
         return ""
     if isinstance(value, list | tuple):
@@ -65,12 +57,12 @@ def plain_text(value) -> str:
         try:
             return plain_text(ast.literal_eval(text))
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            pass  # a text that only looks like a list
+            pass  # not a list after all
     return " ".join(_TAG.sub(" ", html.unescape(text)).split())
 
 
 def item_texts(path: Path) -> list[str]:
-    """One text an item, entry i is item i. Raises `UserError` if ids are not 0..n-1 or an item is not an object."""
+    """One text per item; entry i is item i. Raises `UserError` if ids are not 0..n-1 or an item is not an object."""
     items = read_json(path, "root")
     if not items:
         raise UserError(f"{path}: no item in it; run the preprocessing first")
@@ -87,14 +79,17 @@ def item_texts(path: Path) -> list[str]:
 
 
 def drop_words(texts: list[str], ratio: float, seed: int) -> list[str]:
-    """Each word of each text left out with probability `ratio`; a text that would end empty stays whole."""
+    """The texts with each word dropped with probability `ratio`; a text that would become empty is kept."""
     rng = np.random.default_rng(seed)
     kept = (" ".join(w for w in text.split() if rng.random() >= ratio) or text for text in texts)
     return list(kept)
 
 
-def load_encoder(folder: Path, device: torch.device):
-    """Tokenizer and model of a Hugging Face folder; nothing is fetched, no code of the folder is executed."""
+def load_encoder(folder: Path, device):
+    """Tokenizer and model of a Hugging Face folder; nothing is downloaded, no code of the folder is executed."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         dtype = torch.float32 if device.type == "cpu" else "auto"
@@ -113,7 +108,7 @@ def _read_optional(path: Path):
 
 
 def length_limit(folder: Path, tokenizer, model, asked: int) -> int:
-    """Tokens a text may have: the least of what was asked for and what the encoder can take or was made for."""
+    """Most tokens of a text: the smallest of `asked`, the encoder's positions and the length that it declares."""
     own = [tokenizer.model_max_length, _read_optional(folder / "sentence_bert_config.json").get("max_seq_length")]
     own.append(getattr(model.config, "max_position_embeddings", None))
     limit = min([asked, *filter(None, own)])
@@ -126,23 +121,26 @@ def normalizes(folder: Path) -> bool:
     """Whether the folder is a sentence-transformers model that scales its embeddings to length 1."""
     pooling = _read_optional(folder / "1_Pooling" / "config.json")
     if pooling and not pooling.get("pooling_mode_mean_tokens"):
-        print("this encoder declares another pooling than the mean; the mean is taken all the same")
+        print("note: this encoder declares another pooling; the mean of the tokens is used")
     return any(str(module.get("type", "")).endswith("Normalize") for module in _read_optional(folder / "modules.json"))
 
 
-@torch.inference_mode()
 def embed(texts: list[str], tokenizer, model, *, max_length: int, batch_size: int, normalize: bool) -> np.ndarray:
     """Mean-pooled last hidden states, float32 (texts, dim), in the order of `texts`.
 
-    Batches are cut from the texts sorted by length, so that padding is rare; memory shows its peak at once.
+    Batches hold texts of similar length, the longest first: little padding, and memory peaks in the first batch.
     """
+    import torch
+    from tqdm import tqdm
+
     ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     embeddings = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
     for begin in tqdm(range(0, len(order), batch_size), desc="embedding", unit="batch"):
         rows = order[begin : begin + batch_size]
         batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(model.device)
-        hidden = model(**batch).last_hidden_state.float()  # (batch, tokens, dim)
+        with torch.inference_mode():
+            hidden = model(**batch).last_hidden_state.float()  # (batch, tokens, dim)
         mask = batch["attention_mask"].unsqueeze(-1).float()
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
         if normalize:
@@ -152,31 +150,30 @@ def embed(texts: list[str], tokenizer, model, *, max_length: int, batch_size: in
 
 
 def main(options: Options) -> None:
-    folder = require_file(options.plm_checkpoint, "plm_checkpoint")
-    root = require_file(options.root, "root")
-    device = pick_device(options.device)
-    texts = item_texts(root / f"{options.dataset}.item.json")
+    options.require("dataset", "root", "plm_name", "plm_checkpoint")
+    o = options
+    root, folder = require_file(o.root, "root"), Path(o.plm_checkpoint)
+    items, path = root / f"{o.dataset}.item.json", root / f"{o.dataset}.emb-{o.plm_name}-td.npy"
+    texts = item_texts(items)
+    record = runs.begin(o, "text2emb", files=[path], inputs={"items": items})
+    if record.complete:
+        return
+
+    from minionerec.common.devices import pick_device
+
     blank = sum(text == f"item {i}" for i, text in enumerate(texts))
     print(f"{len(texts)} items, {blank} without any text (embedded as 'item <id>')")
-    if options.word_drop_ratio > 0:
-        texts = drop_words(texts, options.word_drop_ratio, options.seed)
-
-    tokenizer, model = load_encoder(folder, device)
-    max_length = length_limit(folder, tokenizer, model, options.max_sent_len)
-    embeddings = embed(
-        texts,
-        tokenizer,
-        model,
-        max_length=max_length,
-        batch_size=options.batch_size,
-        normalize=normalizes(folder),
-    )
+    if o.word_drop_ratio > 0:
+        texts = drop_words(texts, o.word_drop_ratio, o.seed)
+    tokenizer, model = load_encoder(folder, pick_device(o.device))
+    max_length, normalize = length_limit(folder, tokenizer, model, o.max_sent_len), normalizes(folder)
+    embeddings = embed(texts, tokenizer, model, max_length=max_length, batch_size=o.batch_size, normalize=normalize)
     bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(bad):
         raise UserError(f"{folder}: NaN or Inf for {len(bad)} items, first item {bad[0]}; use another encoder or dtype")
-    path = root / f"{options.dataset}.emb-{options.plm_name}-td.npy"
     with atomic_file(path, "wb") as f:
         np.save(f, embeddings, allow_pickle=False)
+    record.finish()
     print(f"wrote {path}: {embeddings.shape[0]} items x {embeddings.shape[1]}")
 
 

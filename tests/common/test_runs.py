@@ -306,3 +306,12 @@ def test_code_version_changes_with_the_code(tmp_path, monkeypatch):
         versions.append(runs.code_version())
     runs.code_version.cache_clear()
     assert versions[0] != versions[1]
+
+
+def test_an_unfinished_result_is_refused_by_who_reads_it(tmp_path):
+    runs.require_finished(tmp_path)  # no record: made elsewhere
+    (tmp_path / "run.json").write_text(json.dumps({"stage": "sft", "complete": False}))
+    with pytest.raises(UserError, match="sft has not finished there"):
+        runs.require_finished(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"stage": "sft", "complete": True}))
+    runs.require_finished(tmp_path)

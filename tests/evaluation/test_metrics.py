@@ -1,3 +1,8 @@
+"""Metrics from ranks: values by hand, plain loops over lists, and an independent library; intervals that repeat by seed.
+
+A target in a shared SID is a hit by SID for each of its items, by item only at its place in the catalog's order.
+"""
+
 import math
 import random
 
@@ -9,7 +14,7 @@ from minionerec.catalog.catalog import Catalog
 from minionerec.evaluation.metrics import (
     MISSED,
     bootstrap,
-    coverage,
+    cutoffs_of,
     format_table,
     illegal,
     ranks_of_scores,
@@ -84,7 +89,7 @@ def test_equal_to_torchmetrics(seed):
     predicted = np.array([rng.sample(range(len(catalog.sids)), 12) for _ in targets])
     expected = {f"{name}@{k}": [] for name in ("HR", "NDCG") for k in (1, 3, 5, 10)} | {"MRR": []}
     for row, target in zip(predicted.tolist(), targets, strict=True):
-        listed = [item for leaf in row for item in catalog.items_of_sid[leaf]]
+        listed = [item for sid_row in row for item in catalog.items_of_sid[sid_row]]
         scores = torch.full((40,), -1.0)  # below every listed item; torchmetrics' MRR leaves these out
         scores[listed] = torch.arange(len(listed), 0, -1).float()
         relevant = torch.arange(40) == target
@@ -110,7 +115,7 @@ def test_tied_scores_equal_torchmetrics_on_the_order_that_breaks_them():
         assert found[f"NDCG@{k}"] == pytest.approx(np.mean(expected), abs=1e-6)
 
 
-def test_seen_items_take_no_place():
+def test_seen_items_leave_the_list_of_items():
     rng = random.Random(2)
     sids = [f"<a_{rng.randrange(8)}>" for _ in range(30)]
     catalog = Catalog(sids, popularity=[rng.randrange(4) for _ in sids])
@@ -120,13 +125,15 @@ def test_seen_items_take_no_place():
     by_sid, by_item = sid_and_item_ranks(predicted, targets, catalog, seen)
     assert by_sid.tolist() == sid_and_item_ranks(predicted, targets, catalog)[0].tolist()
     for row, target, past, rank in zip(predicted.tolist(), targets, seen, by_item, strict=True):
-        listed = [item for leaf in row for item in catalog.items_of_sid[leaf] if item not in past]
+        listed = [item for sid_row in row for item in catalog.items_of_sid[sid_row] if item not in past]
         assert rank == (listed.index(target) if target in listed else MISSED)
 
 
-def test_coverage_and_illegal_by_hand():
+def test_cutoffs_by_beams():
+    assert cutoffs_of(50) == [1, 3, 5, 10, 20, 50] and cutoffs_of(12) == [1, 3, 5, 10] and cutoffs_of(4) == [1, 3, 4]
+
+
+def test_illegal_by_hand():
     catalog = Catalog(["<a_1>", "<a_1>", "<a_2>", "<a_3>"])
-    assert coverage(np.array([[0, 2], [0, -1]]), catalog, k=1) == {"sids@1": 1 / 3, "items@1": 2 / 4}
-    assert coverage(np.array([[0, 2], [0, -1]]), catalog, k=2) == {"sids@2": 2 / 3, "items@2": 3 / 4}
     assert illegal(np.array([[0, 2], [1, -1], [-1, -1]]), catalog) == 0
     assert illegal(np.array([[0, 0], [1, 3], [-2, 1]]), catalog) == 3

@@ -1,0 +1,55 @@
+"""Residual k-means: codebooks level by level, with any clustering.
+
+r = x                                          (items, dim)
+for level l:
+    codebook_l, code_l = cluster(r)            (K, dim), (items,)
+    r = r - codebook_l[code_l]
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from minionerec.common import runs
+from minionerec.common.embeddings import digest, load_embeddings
+from minionerec.common.errors import UserError
+from rq.codebooks import CodebookFile, write_codebooks
+from rq.options import ClusteringOptions, KMeansOptions, refuse_small_codebooks
+
+Cluster = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # rows (n, dim), seed -> centres (K, dim), (n,)
+
+
+def read_checked(options: KMeansOptions) -> np.ndarray:
+    """The embeddings (items, dim); raises `UserError` where they have too many or too few items for the options."""
+    embeddings = load_embeddings(options.data_path, item_meta_path=options.item_meta_path)
+    if len(embeddings) < options.k:
+        raise UserError(
+            f"{options.data_path}: n={len(embeddings)} items are fewer than K={options.k} codes of a level; lower --k"
+        )
+    refuse_small_codebooks([options.k] * options.l, len(embeddings), options.collision)
+    return embeddings
+
+
+def make_codebooks(options: ClusteringOptions, method: str, embeddings: np.ndarray, cluster: Cluster) -> None:
+    """Write the codebooks of embeddings (items, dim) to `--codebook_path`, unless that is done already."""
+    record = runs.begin(options, f"rqkmeans_{method}", files=[options.codebook_path])
+    if record.complete:
+        return
+    from tqdm import tqdm
+
+    start, residual, books, codes = time.perf_counter(), embeddings, [], []
+    for level in tqdm(range(options.l), desc=f"RQ-KMeans ({method})", unit="level"):
+        centers, code = cluster(residual, options.seed + level)
+        residual = residual - centers[code]
+        books.append(centers)
+        codes.append(code)
+        if options.verbose:
+            sizes, left = np.bincount(code, minlength=options.k), np.square(residual).mean()
+            print(f"level {level}: sizes {sizes.min()} to {sizes.max()}, mean square left {left:.3g}")
+    write_codebooks(options.codebook_path, CodebookFile(books, np.stack(codes, axis=1), digest(embeddings)))
+    record.finish()
+    seconds = time.perf_counter() - start
+    print(
+        f"wrote {options.codebook_path}: {options.l} codebooks of {options.k} x {embeddings.shape[1]} in {seconds:.1f} s"
+    )

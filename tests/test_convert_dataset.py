@@ -1,0 +1,192 @@
+"""Conversion.
+
+Invariants: everything is read before anything is written, so a bad file leaves the old result whole; the four files that
+are written say the same as the sources; a finished conversion is skipped, a changed source is converted again.
+"""
+
+import ast
+import json
+
+import polars as pl
+import pytest
+from helpers import run_stage, write_world
+
+import convert_dataset
+from convert_dataset import Options, main, read_inter
+from minionerec.catalog.items import read_info
+from minionerec.catalog.sequences import read_sequences
+from minionerec.common.errors import UserError
+
+HEADER = "user_id:token\titem_id_list:token_seq\titem_id:token\n"
+
+
+def options(folder, **changes) -> Options:
+    return Options(**{"dataset_name": "toy", "data_dir": str(folder), "output_dir": str(folder)} | changes)
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_what_is_written(world):
+    items = read_info(world.info)
+    table = pl.read_csv(world.train)
+    assert table.columns == [
+        "user_id", "history_item_title", "item_title", "history_item_id", "item_id", "history_item_sid", "item_sid",
+    ]  # fmt: skip
+    for row in table.head(20).iter_rows(named=True):
+        ids = ast.literal_eval(row["history_item_id"])
+        assert ast.literal_eval(row["history_item_title"]) == [items.titles[i] for i in ids]
+        assert ast.literal_eval(row["history_item_sid"]) == [items.sids[i] for i in ids]
+        assert row["item_title"] == items.titles[row["item_id"]] and row["item_sid"] == items.sids[row["item_id"]]
+
+
+def test_a_finished_conversion_is_skipped_and_a_changed_source_is_not(tmp_path, capsys):
+    world = write_world(tmp_path)
+    main(options(tmp_path))
+    assert "nothing to do" in capsys.readouterr().out
+    path = tmp_path / "toy.valid.inter"
+    path.write_text(path.read_text() + "new\t1 2\t3\n")
+    with pytest.raises(UserError, match="the content of valid has changed"):
+        main(options(tmp_path))
+    main(options(tmp_path, overwrite=True))
+    assert read_sequences(world.valid, read_info(world.info).sids, "file")["user"].to_list()[-1] == "new"
+
+
+@pytest.mark.parametrize("broken", ["toy.test.inter", "toy.index.json", "toy.item.json"])
+def test_a_bad_file_leaves_the_old_result(tmp_path, broken):
+    """The test split is read last: new train beside old valid and test would be the result of writing as one reads."""
+    write_world(tmp_path)
+    train = tmp_path / "toy.train.inter"
+    train.write_text(train.read_text() + "new\t1 2\t3\n")
+    path = tmp_path / broken
+    path.write_text(path.read_text().replace("toy", "x")[:-20] + "\nu\t1\n")
+    before = {name: data for name, data in files_of(tmp_path).items() if name.endswith((".csv", ".txt"))}
+    with pytest.raises(UserError):
+        main(options(tmp_path, overwrite=True))
+    after = {name.removesuffix(".1"): data for name, data in files_of(tmp_path).items()}
+    assert {name: after[name] for name in before} == before
+    assert not list(tmp_path.rglob("*.csv")) and not list(tmp_path.rglob("*.tmp"))  # moved aside whole, nothing new
+
+
+def test_a_failed_write_gives_no_file_its_name(tmp_path, monkeypatch):
+    write_world(tmp_path)
+    out = tmp_path / "out"
+    original = pl.DataFrame.write_csv
+    calls = []
+
+    def fails_at_last(table, f, **options):
+        calls.append(f)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        return original(table, f, **options)
+
+    monkeypatch.setattr(pl.DataFrame, "write_csv", fails_at_last)
+    with pytest.raises(OSError):
+        main(options(tmp_path, output_dir=str(out)))
+    assert [path.name for path in out.rglob("*") if path.is_file()] == ["toy.convert.run.json"]
+    monkeypatch.undo()
+    main(options(tmp_path, output_dir=str(out)))
+    assert len(files_of(out)) == 5
+
+
+# ------------------------------------------------------------------------------------------------ .inter files
+
+
+def inter(tmp_path, body: str, header: str = HEADER):
+    path = tmp_path / "x.inter"
+    path.write_bytes((header + body).encode())
+    return path
+
+
+def test_histories_of_any_length_and_blanks(tmp_path):
+    long = " ".join(["0"] * 10_000)
+    path = inter(tmp_path, f"u\t0  1\t2\n\u00e9\t 0 1 \t2\n\t\t1\n\nv\t{long}\t0\n", "\ufeff" + HEADER)
+    rows = read_inter(path, 3, 20_000)
+    assert rows["history"].list.len().to_list() == [2, 2, 0, 10_000] and rows["target"].to_list() == [2, 2, 1, 0]
+    assert read_inter(path, 3, 10)["history"].to_list() == [[0, 1], [0, 1], [], [0] * 10]
+
+
+BAD_ROWS = {
+    "an unknown item": ("u\t0 3\t1\n", "row 2, column item_id_list:token_seq: found '0 3', expected ids"),
+    "an unknown target": ("u\t0\t1\nu\t0\t3\n", "row 3, column item_id:token: found '3'"),
+    "words": ("u\t0 x\t1\n", "row 2, column item_id_list:token_seq"),
+    "commas": ("u\t0,1\t1\n", "row 2, column item_id_list:token_seq: found '0,1'"),
+    "a list": ("u\t[0]\t1\n", "row 2"),
+    "a huge id": (f"u\t{'9' * 30}\t1\n", "row 2"),
+    "a negative id": ("u\t-1\t1\n", "row 2"),
+    "no target": ("u\t0\t\n", "row 2, column item_id:token: found ''"),
+    "a cell too few": ("u\t0\n", "row 2: found 2 cells, expected 3"),
+    "a cell too many": ("u\t0\t1\t2\n", "row 2: found 4 cells, expected 3"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows(tmp_path, case):
+    body, found = BAD_ROWS[case]
+    path = inter(tmp_path, body)
+    with pytest.raises(UserError) as refused:
+        read_inter(path, 3, 10)
+    assert str(path) in str(refused.value) and found in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_other_columns(tmp_path):
+    with pytest.raises(UserError, match="found columns .* expected .*item_id_list:token_seq"):
+        read_inter(inter(tmp_path, "", "user_id:token\titem_id:token\n"), 3, 10)
+
+
+def test_empty_histories_and_titles_are_converted(tmp_path):
+    world = write_world(tmp_path)
+    items = json.loads(world.items.read_text()) | {"0": {"title": ""}, "1": {"title": "a\n\"b', c"}}
+    world.items.write_text(json.dumps(items))
+    world_train = tmp_path / "toy.train.inter"
+    world_train.write_text(HEADER + "u\t\t0\nu\t0 1\t2\n\t1\t0\n")
+    main(options(tmp_path, overwrite=True))
+    rows = read_sequences(world.train, read_info(world.info).sids, "file")
+    assert rows["history"].to_list() == [[], [0, 1], [1]] and rows["user"].to_list() == ["u", "u", ""]
+    assert ast.literal_eval(pl.read_csv(world.train)["history_item_title"][1]) == ["", "a \"b', c"]
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_one_line_for_what_is_wrong(tmp_path):
+    write_world(tmp_path)
+    (tmp_path / "other.index.json").write_text("{}")
+    cases = {
+        "--max_history 0: expected at least 1": {"max_history": 0},
+        "--max_history -5: expected at least 1": {"max_history": -5},
+        "none.item.json: no such file": {"dataset_name": "none"},
+        "--dataset_name is required": {"dataset_name": ""},
+        "--output_dir is required": {"output_dir": ""},
+    }
+    for found, changes in cases.items():
+        with pytest.raises(UserError, match=found):
+            main(options(tmp_path, **changes))
+
+
+def test_index_and_items_must_agree(tmp_path):
+    world = write_world(tmp_path)
+    index = json.loads(world.index.read_text())
+    del index["47"]
+    world.index.write_text(json.dumps(index))
+    with pytest.raises(UserError, match="toy.index.json: found 47 items, expected the 48 of toy.item.json"):
+        main(options(tmp_path, overwrite=True))
+
+
+def test_the_launcher(tmp_path):
+    world = write_world(tmp_path)
+    variables = {"DATASET_NAME": "toy", "DATA_DIR": tmp_path, "OUTPUT_DIR": tmp_path / "out"}
+    assert "48 items, 47 SIDs" in run_stage("convert_dataset.sh", env=variables).stdout
+    assert (tmp_path / "out" / "train" / "toy.csv").read_bytes() == world.train.read_bytes()
+    done = run_stage("convert_dataset.sh", "--max_history", "0", env=variables, check=False)
+    assert done.returncode == 2 and done.stderr == "error: --max_history 0: expected at least 1\n"
+
+
+def test_help_and_a_finished_stage_import_neither_torch_nor_polars():
+    import subprocess
+    import sys
+
+    for module in (convert_dataset.__name__, "preprocess.movielens"):
+        code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('torch', 'polars', 'transformers.models')))"
+        assert subprocess.run([sys.executable, "-c", code], cwd=convert_dataset.runs.ROOT).returncode == 0
