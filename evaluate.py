@@ -10,6 +10,7 @@ Several processes share the rows and give the same files as one. A killed evalua
 `*.parts/`; re-running with the same options computes only what is missing.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,6 +58,13 @@ class Options(StageOptions):
     test_rows: int = option(-1, "evaluate this many rows, drawn by seed; -1: all", aliases=["--sample"])
     seed: int = option(42, "seed of drawn rows and of the bootstrap intervals")
     K: int = option(0, "predictions written for each row; 0: all. Metrics use all beams")
+    # blend
+    blend_path: list[str] = option(
+        [], "folders of sasrec.sh: also rank by the weighted sum of the models' log-probabilities", role=INPUT
+    )
+    blend_weight: list[str] = option(["auto"], "a weight for each, or auto: the best ones on --blend_valid_file")
+    blend_valid_file: str = option("", "valid CSV, for --blend_weight auto", role=INPUT)
+    blend_rows: int = option(3000, "rows of --blend_valid_file, drawn by seed; -1: all")
     # speed
     batch_size: int = option(8, "most prompts per forward", role=RUNTIME)
     batch_tokens: int = option(16384, "most prompt tokens per forward, padding included", role=RUNTIME)
@@ -68,8 +76,22 @@ class Options(StageOptions):
         self.check(
             space=(self.space in ("", *SPACES), " or ".join(SPACES)),
             dtype=(self.dtype in ("", *DTYPES), " or ".join(DTYPES)),
+            blend_weight=(
+                self.blend_weight == ["auto"]
+                or len(self.blend_weight) == len(self.blend_path)
+                and all(map(is_number, self.blend_weight)),
+                f"auto, or {len(self.blend_path)} numbers, one for each --blend_path",
+            ),
             test_rows=(self.test_rows >= 1 or self.test_rows == -1, "at least 1, or -1 for all"),
         )
+
+
+def is_number(text: str) -> bool:
+    """Whether `text` is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 class Outputs(NamedTuple):
@@ -79,18 +101,25 @@ class Outputs(NamedTuple):
     parquet: Path
     metrics: Path
     ranks: Path
+    blend_metrics: Path
+    blend_ranks: Path
     parts: Path
     record: Path
 
     @classmethod
     def of(cls, predictions: str) -> "Outputs":
         stem = predictions.removesuffix(".json")
-        suffixes = (".parquet", ".metrics.json", ".ranks.npz", ".parts", f".{runs.RECORD}")
+        blend = (".blend.metrics.json", ".blend.ranks.npz")
+        suffixes = (".parquet", ".metrics.json", ".ranks.npz", *blend, ".parts", f".{runs.RECORD}")
         return cls(Path(predictions), *(Path(stem + suffix) for suffix in suffixes))
 
     @property
     def results(self) -> list[Path]:
         return [self.predictions, self.parquet, self.metrics, self.ranks]
+
+    @property
+    def blended(self) -> list[Path]:
+        return [self.blend_metrics, self.blend_ranks]
 
 
 # ------------------------------------------------------------------------------------------------ set-up
@@ -108,8 +137,9 @@ def begin(options: Options, outputs: Outputs) -> runs.Run:
     """Refuse a model whose training is not finished; find or start the record of this evaluation."""
     runs.require_finished(options.base_model)
     # With the parts, so that those of another unfinished evaluation are refused, not mixed in.
-    record = runs.begin(options, "evaluate", files=[*outputs.results, outputs.parts], record=outputs.record)
-    record.files = outputs.results
+    results = [*outputs.results, *(outputs.blended if options.blend_path else [])]
+    record = runs.begin(options, "evaluate", files=[*results, outputs.parts], record=outputs.record)
+    record.files = results
     return record
 
 
@@ -139,12 +169,11 @@ def load_model_and_tokenizer(options: Options, device):
     return model, load_tokenizer(options.base_model, "base_model")
 
 
-def search(options: Options, process, settings, data, rows, parts: Path, resume: bool):
+def search(options: Options, process, settings, data, rows, model, tokenizer, parts: Path, resume: bool):
     """{protocol: Predictions} for the test rows, in the main process; None in the others."""
     from data import Prompts, next_sid_prompts, template_of
     from minionerec.evaluation.predictions import predict
 
-    model, tokenizer = load_model_and_tokenizer(options, process.device)
     trie = data.catalog.trie(tokenizer).to(model.device)
     if options.max_new_tokens < trie.depth:
         raise UserError(f"--max_new_tokens {options.max_new_tokens}: the catalog's SIDs have up to {trie.depth} tokens")
@@ -230,6 +259,38 @@ def write(options: Options, outputs: Outputs, settings, data, rows, found: Mappi
     )
 
 
+def blend(options: Options, outputs: Outputs, settings, data, rows, model, tokenizer) -> None:
+    """Rank the test rows by the blend with --blend_path, with weights chosen on valid, and write metrics and ranks."""
+    from data import Prompts, drawn, load, next_sid_prompts, template_of
+    from minionerec.baselines.models import load_checkpoint
+    from minionerec.evaluation import blend, protocols
+
+    trie = data.catalog.trie(tokenizer).to(model.device)
+    prompts = Prompts(template_of(options.base_model, options.prompt_template), settings.category)
+    baselines = [load_checkpoint(path, "blend_path", data.catalog.n_items) for path in options.blend_path]
+
+    def candidates(rows):
+        texts = next_sid_prompts(rows, data.items, prompts)
+        seen = rows["seen"].to_list()
+        return blend.collect(model, tokenizer, trie, texts, seen, baselines, data.catalog, count=options.num_beams)
+
+    headline = protocols.headline(data.train)
+    if options.blend_weight == ["auto"]:
+        flags = {"valid": "blend_valid_file"}
+        files = {"info_file": options.info_file, "valid": options.blend_valid_file}
+        valid = drawn(
+            load(**files, max_history=settings.max_history, flags=flags).valid, options.blend_rows, options.seed
+        )
+        weights = blend.choose_weights(candidates(valid)[headline], valid["target"].to_numpy())
+    else:
+        weights = tuple(map(float, options.blend_weight))
+    found, targets = candidates(rows), rows["target"].to_list()
+    ranks = {name: blend.ranked(each, weights, targets, data.catalog) for name, each in found.items()}
+    protocols.write_ranks(outputs.blend_ranks, ranks)
+    result = {"blend_path": options.blend_path, "weights": weights}
+    write_json(outputs.blend_metrics, result | protocols.report(ranks, rows, data.train, data.catalog, options.seed))
+
+
 def show(outputs: Outputs) -> None:
     """Print the metrics of both protocols, by SID and by item."""
     metrics = read_json(outputs.metrics, "result_json_data")
@@ -239,6 +300,11 @@ def show(outputs: Outputs) -> None:
         rows |= {f"unseen items, by {kind}": metrics["unseen"][kind.lower()] for kind in ("SID", "item")}
     print(format_table(rows, cutoffs))
     print(f"{metrics['rows']} rows; {outputs.predictions}, {outputs.metrics}")
+    if outputs.blend_metrics.exists():
+        mixed = read_json(outputs.blend_metrics, "result_json_data")
+        rows = {"all items, by item": mixed["item"], "unseen items, by item": mixed["unseen"]["item"]}
+        print(f"blend with {', '.join(mixed['blend_path'])}, weights {mixed['weights']}")
+        print(format_table(rows, cutoffs))
     seen = metrics["seen"]
     if seen["looks_cut"]:
         print(f"note: the histories look cut at {seen['longest']} items; only those count as seen")
@@ -246,6 +312,8 @@ def show(outputs: Outputs) -> None:
 
 def main(options: Options) -> None:
     options.require("base_model", "test_data_path", "info_file", "result_json_data")
+    if options.blend_path and options.blend_weight == ["auto"]:
+        options.require("blend_valid_file")
     outputs = Outputs.of(options.result_json_data)
     process = join_processes() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
     record = on_main_process(lambda: begin(options, outputs))
@@ -256,10 +324,13 @@ def main(options: Options) -> None:
 
     process = process or join_processes()
     settings, data, rows = read(options)
-    found = search(options, process, settings, data, rows, outputs.parts, record.resume)
+    model, tokenizer = load_model_and_tokenizer(options, process.device)
+    found = search(options, process, settings, data, rows, model, tokenizer, outputs.parts, record.resume)
     if not process.is_main_process:
         return
     write(options, outputs, settings, data, rows, found)
+    if options.blend_path:
+        blend(options, outputs, settings, data, rows, model, tokenizer)
     record.record["processes"] = process.num_processes
     record.finish()
     remove_parts(outputs.parts)

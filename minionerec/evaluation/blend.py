@@ -3,18 +3,27 @@
     score(item) = log p_generative(SID of item) + sum over baselines b of w_b * log p_b(item)
 
 Candidates of a user are the items of the generative model's beams and the best items of each baseline. The generative
-scores of candidates that are in no beam are computed exactly (minionerec/decoding/scoring.py). Weights are chosen on
-valid rows. Adding the scores of models with equal weights is EnsRec's blend (arXiv 2512.17820).
+scores of candidates that are in no beam are computed exactly (minionerec/decoding/scoring.py), so with lists as long as
+the catalog the blend ranks every item. Weights are chosen on valid rows. Adding the scores of two models with equal
+weights is EnsRec's blend (arXiv 2512.17820).
+
+Generative scores are those without exclusions, in space `catalog`; a seen item leaves the candidates of its user.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 from minionerec.catalog.catalog import Catalog
+from minionerec.catalog.trie import Trie
+from minionerec.decoding.beam_search import beam_search, left_pad, length_batches
+from minionerec.decoding.scoring import score_rows, sid_paths
 from minionerec.evaluation.metrics import MISSED, table
+from minionerec.evaluation.protocols import TOP, Ranks
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)  # tried for each baseline
 
@@ -78,6 +87,68 @@ def gather(
         parts.append(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
     taken = [np.take_along_axis(part, np.maximum(items, 0), axis=1) for part in parts]
     return Candidates(items, np.where(items[..., None] >= 0, np.stack(taken, axis=-1), -np.inf))
+
+
+@torch.no_grad()
+def collect(
+    model,
+    tokenizer,
+    trie: Trie,
+    prompts: Sequence[str],
+    histories: Sequence[Sequence[int]],
+    baselines: Sequence,
+    catalog: Catalog,
+    *,
+    count: int = 50,
+    batch_size: int = 32,
+) -> dict[str, Candidates]:
+    """Candidates of each user under each protocol: `{"all": …, "unseen": …}`, in the order of `prompts`.
+
+    histories: all items that each user has, oldest first; baselines: models with `scores(histories)`, (users, items);
+    count: beams, and best items of each baseline, under either protocol.
+    """
+    tokens = tokenizer(list(prompts))["input_ids"]
+    paths, device, parts = sid_paths(trie), model.device, {"all": {}, "unseen": {}}
+    model.eval()
+    for batch in tqdm(length_batches([len(t) for t in tokens], batch_size, 1 << 14), desc="blend", mininterval=2):
+        ids, mask = left_pad([tokens[user] for user in batch], tokenizer.pad_token_id or 0, device)
+        seen = [histories[user] for user in batch]
+        beams = beam_search(model, trie, ids, mask, count, space="catalog")
+        rows, scores = beams.row.cpu().numpy(), beams.score.cpu().numpy()
+        others = [baseline.scores(seen).cpu().numpy() for baseline in baselines]
+        tops = [top_rows(each, catalog, count, excluded) for each in others for excluded in (None, seen)]
+        missing = missing_rows(rows, np.concatenate(tops, axis=1), len(catalog.sids))
+        forced = score_rows(model, trie, paths, ids, mask, torch.from_numpy(missing).to(device)).cpu().numpy()
+        rows, scores = np.concatenate([rows, missing], axis=1), np.concatenate([scores, forced], axis=1)
+        for name, excluded in (("all", None), ("unseen", seen)):
+            found = gather(rows, scores, others, catalog, excluded)
+            parts[name] |= {user: (found.items[i], found.scores[i]) for i, user in enumerate(batch)}
+    return {name: _stacked(users) for name, users in parts.items()}
+
+
+def _stacked(users: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> Candidates:
+    """Candidates of single users as arrays, padded to the longest list."""
+    width, models = max(len(items) for items, _ in users.values()), next(iter(users.values()))[1].shape[-1]
+    items = np.full((len(users), width), -1)
+    scores = np.full((len(users), width, models), -np.inf)
+    for user, (own, values) in users.items():
+        items[user, : len(own)], scores[user, : len(own)] = own, values
+    return Candidates(items, scores)
+
+
+def ranked(candidates: Candidates, weights: Sequence[float], targets: Sequence[int], catalog: Catalog) -> Ranks:
+    """Ranks of the targets by item and by SID (that of its best item), and the first items of each user."""
+    targets = np.asarray(targets)
+    total = blended(candidates, weights)
+    order = np.argsort(-total, axis=1, kind="stable")
+    items = np.take_along_axis(candidates.items, order, axis=1)
+    sid_rows = np.where(items >= 0, catalog.sid_of_item[items], -1)
+    hits = sid_rows == catalog.sid_of_item[targets][:, None]
+    first = hits.argmax(axis=1)
+    before = np.array([len(set(row[:place].tolist())) for row, place in zip(sid_rows, first, strict=True)])
+    top = np.full((len(items), TOP), -1)
+    top[:, : min(TOP, items.shape[1])] = items[:, :TOP]
+    return Ranks(ranks(candidates, weights, targets), np.where(hits.any(axis=1), before, MISSED), top)
 
 
 def ranks(candidates: Candidates, weights: Sequence[float], targets: np.ndarray) -> np.ndarray:
