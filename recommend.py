@@ -1,74 +1,74 @@
-"""Ask a trained model: a history in, the next items out.
+r"""Ask a trained model: a history in, the next items out.
 
     python recommend.py --base_model output/quickstart/sft --info_file output/quickstart/data/info/ml-100k.txt \
-        --category movies --history "star wars; alien; blade runner"
+        --history "star wars; alien; blade runner"
 
-A history is item ids ("49, 182, 88") or words to find titles by, parts separated by `;`, oldest first. Without one, lines
-are read from the keyboard until an empty one. With `--jsonl`, each line of stdin is one user,
-`{"history": [49, "blade runner"], …}`, and each line of stdout the same object with `predict` added: a list of
-`{"item_id", "title", "sid", "score"}`. Scores are log-probabilities in nats; in space `catalog`, over the whole catalog,
-exp(score) is the chance that the model gives the SID.
+A history is item ids ("49, 182, 88") or words of titles, separated by `;`, oldest first. Without --history, lines are
+read from the keyboard until an empty one. With --jsonl, each line of stdin is a user, `{"history": [49, "blade runner"],
+…}`, and each line of stdout the same object with `predict`, a list of `{"item_id", "title", "sid", "score"}`, or with
+`error`. A line is answered when no further line is waiting, or --batch_size lines are.
+
+A score is the log-probability of the item's SID in nats: exp(score) is the chance that the model gives it.
 """
 
 import json
 import math
+import queue
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from itertools import islice
+from typing import NamedTuple
 
-import polars as pl
-import torch
-from transformers.hf_argparser import HfArg
-from transformers.utils.logging import disable_progress_bar
-
-from data import Prompts, next_sid_prompts, read_sequences, template_of
-from minionerec.catalog.catalog import Catalog, target_counts
-from minionerec.catalog.items import Items, read_info
-from minionerec.common.devices import device_has_bf16
+from minionerec.common import runs
 from minionerec.common.errors import UserError
-from minionerec.common.files import require_file
-from minionerec.common.options import run
-from minionerec.decoding.beam_search import recommend
-from minionerec.decoding.lm_head import SPACES
-from minionerec.language_model.checkpoints import load_model, load_tokenizer
+from minionerec.common.options import INPUT, RUNTIME, StageOptions, option, run
+from minionerec.common.text import json_line, printable
+from minionerec.decoding.spaces import SPACES
+
+EXAMPLE = 'an object like {"history": [49, "alien"]}'
 
 
 @dataclass
-class Options:
-    base_model: str = HfArg(default="", help="folder of the checkpoint")
-    info_file: str = HfArg(default="", help="info file: the catalog")
-    category: str = HfArg(default="", help="what the prompts call the items")
-    history: str = HfArg(default="", help="item ids, or words of titles, parts separated by ';', oldest first")
-    jsonl: bool = HfArg(default=False, help="read users as JSON lines from stdin, write JSON lines to stdout")
-    K: int = HfArg(default=10, help="items recommended")
-    exclude_seen: bool = HfArg(default=False, help="recommend no item of the history")
-    only_items: str = HfArg(default="", help="recommend only these item ids, separated by commas")
-    title_words: str = HfArg(default="", help="recommend only items whose titles have all these words")
-    train_file: str = HfArg(
-        default="", help="train CSV: of several items found or sharing a SID the most popular first"
+class Options(StageOptions):
+    base_model: str = option("", "folder of the checkpoint", role=INPUT)
+    info_file: str = option("", "the catalog: sid, title, item id per line", role=INPUT)
+    train_file: str = option(
+        "", "train CSV: of several items with these words, or with one SID, the most popular is first", role=INPUT
     )
-    num_beams: int = HfArg(default=0, help="beams; 0: at least 50, and K")
-    space: str = HfArg(default="catalog", help="vocab: scores over the whole vocabulary; catalog: over what may follow")
-    batch_size: int = HfArg(default=8, help="users a forward")
-    max_history: int = HfArg(default=10, help="items of history in a prompt: the last ones")
-    prompt_template: str = HfArg(default="", help="wording of the prompts; default: the checkpoint's own")
+    # questions
+    history: str = option("", "item ids, or words of titles separated by ';', oldest first")
+    jsonl: bool = option(False, "read users as JSON lines from stdin, write JSON lines to stdout")
+    # answers
+    K: int = option(10, "items recommended")
+    unseen: bool | None = option(
+        None, "recommend no item of the history; default: True where targets of train_file hardly ever repeat, as the "
+        "headline of evaluate.py, else False",
+        aliases=["--exclude_seen"],
+    )  # fmt: skip
+    only_items: str = option("", "recommend only these item ids, separated by commas")
+    title_words: str = option("", "recommend only items whose titles have all these words")
+    # model
+    category: str = option("", "what the prompts call the items; default: as the checkpoint was trained")
+    max_history: int = option(0, "items of a history in a prompt, the latest; 0: as the checkpoint was trained")
+    prompt_template: str = option("", "wording of the prompts; default: the checkpoint's prompt.yaml", role=INPUT)
+    space: str = option("", "what scores are normalised over, vocab or catalog; default: as the checkpoint was trained")
+    num_beams: int = option(0, "beams; 0: max(50, K)")
+    batch_size: int = option(8, "most users per forward", role=RUNTIME)
 
-    def check(self) -> None:
-        for flag in ("base_model", "info_file"):
-            require_file(getattr(self, flag), flag)
-        for flag in ("K", "batch_size", "max_history"):
-            if getattr(self, flag) < 1:
-                raise UserError(f"--{flag} {getattr(self, flag)}: expected at least 1")
-        if self.space not in SPACES:
-            raise UserError(f"--space {self.space}: expected one of {', '.join(SPACES)}")
-        if 0 < self.num_beams < self.K:
-            raise UserError(f"--num_beams {self.num_beams}: expected at least --K {self.K}, or 0")
-        if self.jsonl and self.history:
-            raise UserError("--history and --jsonl exclude each other: give histories on stdin")
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(1, "K", "batch_size")
+        self.at_least(0, "max_history", "num_beams")
+        self.check(
+            space=(self.space in ("", *SPACES), " or ".join(SPACES)),
+            num_beams=(not 0 < self.num_beams < self.K, f"at least --K {self.K}, or 0"),
+            jsonl=(not (self.jsonl and self.history), "False with --history; with --jsonl give histories on stdin"),
+        )
 
 
 # ------------------------------------------------------------------------------------------------ finding items
@@ -77,18 +77,18 @@ class Options:
 class Titles:
     """Items by the words of their titles."""
 
-    def __init__(self, items: Items, popularity: Sequence[int]):
-        self.titles, self.popularity = items.titles, popularity
-        self.folded = [self._fold(title) for title in items.titles]
+    def __init__(self, titles: Sequence[str], popularity: Sequence[int]):
+        self.titles, self.popularity = titles, popularity
+        self.folded = [self._fold(title) for title in titles]
 
     @staticmethod
     def _fold(text: str) -> str:
         return "".join(f" {word}" for word in re.findall(r"\w+", text.casefold()))
 
     def matches(self, words: str) -> list[int]:
-        """Items whose titles have a word beginning with each of `words`.
+        """Items whose titles have a word that begins with each of `words`.
 
-        The title that is just these words stands first, then the most popular, then the shortest, then by id.
+        A title of exactly these words is first; then by popularity, then the shortest title, then by id.
         """
         whole = self._fold(words)
         wanted = [f" {word}" for word in whole.split()]
@@ -98,27 +98,31 @@ class Titles:
     def find(self, part: str | int) -> int:
         """The item with this id, or the best match of these words; raises `UserError` if there is none."""
         if isinstance(part, bool) or not isinstance(part, (int, str)):
-            raise UserError(f"history: found {part!r}, expected an item id or words of a title")
+            raise UserError(f"history: found {str(part)[:60]!r}, expected an item id or words of a title")
         if isinstance(part, int) or part.strip().isdecimal():
-            item = int(part)
+            text = str(part).strip()
+            item = int(text) if len(text) < 20 else -1
             if not 0 <= item < len(self.titles):
-                raise UserError(f"history: no item {item}, expected ids 0..{len(self.titles) - 1}, or words of a title")
+                last = len(self.titles) - 1
+                raise UserError(f"history: no item {text[:40]}, expected ids 0..{last}, or words of a title")
             return item
         found = self.matches(part)
         if not found:
-            close = get_close_matches(self._fold(part), self.folded, n=3, cutoff=0.4)
-            hint = "; ".join(self.titles[self.folded.index(title)] for title in close)
-            raise UserError(f"history: no title has the words {part.strip()!r}" + (f"; is it {hint}?" if hint else ""))
+            close = get_close_matches(self._fold(part[:100]), self.folded, n=3, cutoff=0.4)
+            hint = "; ".join(printable(self.titles[self.folded.index(title)]) for title in close)
+            words = repr(part.strip()[:60])
+            raise UserError(f"history: no title has the words {words}" + (f"; is it {hint}?" if hint else ""))
         return found[0]
 
 
 def parse_history(text: str, titles: Titles) -> list[int]:
     """`"49, 182"` or `"star wars; 182"` -> item ids, oldest first."""
-    ids_alone = all(part.strip().isdecimal() for part in text.replace(";", ",").split(",") if part.strip())
-    parts = [part for part in (text.replace(";", ",").split(",") if ids_alone else text.split(";")) if part.strip()]
-    if not parts:
+    only_ids = all(part.strip().isdecimal() for part in text.replace(";", ",").split(",") if part.strip())
+    parts = text.replace(";", ",").split(",") if only_ids else text.split(";")
+    found = [titles.find(part) for part in parts if part.strip()]
+    if not found:
         raise UserError("--history is empty: give item ids or words of titles")
-    return [titles.find(part) for part in parts]
+    return found
 
 
 def allowed_items(options: Options, titles: Titles) -> set[int] | None:
@@ -141,20 +145,34 @@ class Recommender:
     """A checkpoint and its catalog: histories in, lists of items out."""
 
     def __init__(self, options: Options):
+        from data import Prompts, load, template_of
+        from minionerec.catalog.catalog import target_counts
+        from minionerec.evaluation.protocols import headline
+        from minionerec.language_model.checkpoints import resolve_settings
+
         self.options = options
-        self.items = read_info(options.info_file)
-        popularity = [0] * len(self.items.sids)
-        if options.train_file:
-            train = read_sequences(options.train_file, self.items.sids, "train_file", options.max_history)
-            popularity = target_counts(train, len(self.items.sids))
-        self.titles = Titles(self.items, popularity)
-        self.catalog = Catalog(self.items.sids, popularity)
+        given = {"category": options.category, "max_history": options.max_history, "space": options.space}
+        self.settings = resolve_settings(options.base_model, **given)
+        files = {"info_file": options.info_file, "train": options.train_file}
+        data = load(**files, max_history=self.settings.max_history)
+        self.items, self.catalog = data.items, data.catalog
+        n_items = data.catalog.n_items
+        popularity = [0] * n_items if data.train is None else target_counts(data.train, n_items)
+        self.titles = Titles(self.items.titles, popularity)
         self.allowed = allowed_items(options, self.titles)
-        self.prompts = Prompts(template_of(options.base_model, options.prompt_template), options.category)
+        self.unseen = headline(data.train) == "unseen" if options.unseen is None else options.unseen
+        self.prompts = Prompts(template_of(options.base_model, options.prompt_template), self.settings.category)
 
     @cached_property
     def loaded(self) -> tuple:
-        """(model, tokenizer, trie), on first use: a history that names nothing is refused before."""
+        """(model, tokenizer, trie), loaded on first use, so that a history that names nothing is refused before."""
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+
+        from minionerec.common.devices import device_has_bf16
+        from minionerec.language_model.checkpoints import load_model, load_tokenizer
+
+        disable_progress_bar()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device_has_bf16() else torch.float32
         tokenizer = load_tokenizer(self.options.base_model, "base_model")
@@ -163,89 +181,155 @@ class Recommender:
 
     def __call__(self, histories: Sequence[Sequence[int]]) -> list[list[dict]]:
         """For each history the best K items, as `{"item_id", "title", "sid", "score"}`."""
+        import polars as pl
+
+        from data import next_sid_prompts
+        from minionerec.decoding.beam_search import recommend
+
         options = self.options
         hidden = [self._hidden(history) for history in histories]
-        rows = pl.DataFrame({"history": [list(history[-options.max_history :]) for history in histories]})
-        leaves, scores = recommend(
+        rows = pl.DataFrame({"history": [list(history[-self.settings.max_history :]) for history in histories]})
+        sid_rows, scores = recommend(
             *self.loaded,
             next_sid_prompts(rows, self.items, self.prompts),
             options.num_beams or max(50, options.K),
             options.batch_size,
-            space=options.space,
+            space=self.settings.space,
             excluded=[self.catalog.rows_of(items) for items in hidden] if any(hidden) else None,
         )
-        return [self._expand(*row) for row in zip(leaves, scores, hidden, strict=True)]
+        return [self._expand(*row) for row in zip(sid_rows, scores, hidden, strict=True)]
 
     def _hidden(self, history: Sequence[int]) -> set[int]:
         """The items that this user must not get."""
-        hidden = set(history) if self.options.exclude_seen else set()
+        hidden = set(history) if self.unseen else set()
         return hidden if self.allowed is None else hidden | set(range(self.catalog.n_items)) - self.allowed
 
-    def _expand(self, leaves, scores, hidden: set[int]) -> list[dict]:
+    def _expand(self, sid_rows, scores, hidden: set[int]) -> list[dict]:
         found = []
-        for leaf, score in zip(leaves.tolist(), scores.tolist(), strict=True):
-            for item in self.catalog.items_of_sid[leaf] if leaf >= 0 else ():
+        for sid_row, score in zip(sid_rows.tolist(), scores.tolist(), strict=True):
+            for item in self.catalog.items_of_sid[sid_row] if sid_row >= 0 else ():
                 if item not in hidden:
                     title, sid = self.items.titles[item], self.items.sids[item]
                     found.append({"item_id": item, "title": title, "sid": sid, "score": round(score, 4)})
         return found[: self.options.K]
 
 
-# ------------------------------------------------------------------------------------------------ in and out
+# ------------------------------------------------------------------------------------------------ tables
 
 
-def answer(recommender: Recommender, history: list[int]) -> str:
-    """The history and the recommended items as a table."""
-    titles, catalog_space = recommender.items.titles, recommender.options.space == "catalog"
-    last = len(history) - recommender.options.max_history  # items before this place are not in the prompt
+def table(recommender: Recommender, history: list[int]) -> str:
+    """The history and the recommended items."""
+    titles = recommender.items.titles
+    last = len(history) - recommender.settings.max_history  # items before this place are not in the prompt
     lines = ["", "history"]
     for place, item in enumerate(history):
-        lines.append(f"{item:>8}  {titles[item]}" + ("  (too long ago: not in the prompt)" if place < last else ""))
-    lines += ["", f"{'item':>8}  {'chance' if catalog_space else 'nats':>7}  next"]
+        note = "  (too long ago: not in the prompt)" if place < last else ""
+        lines.append(f"{item:>8}  {printable(titles[item])}{note}")
+    lines += ["", f"{'item':>8}  {'chance':>7}  next"]
     for found in recommender([history])[0]:
-        score = f"{math.exp(found['score']):>7.2%}" if catalog_space else f"{found['score']:>7.2f}"
-        lines.append(f"{found['item_id']:>8}  {score}  {found['title']}")
+        note = "  (in the history)" if found["item_id"] in history else ""
+        chance = math.exp(found["score"])
+        lines.append(f"{found['item_id']:>8}  {chance:>7.2%}  {printable(found['title'])}{note}")
     return "\n".join(lines)
 
 
-def read_users(lines: Iterable[str], titles: Titles) -> Iterator[tuple[dict, list[int]]]:
-    """(the object, its history as item ids) of each JSON line; empty lines are passed over."""
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+def ask(recommender: Recommender) -> None:
+    """Answer lines from the keyboard until an empty one."""
+    print("A history: item ids, or words of titles separated by ';', oldest first. An empty line ends.")
+    for line in iter(lambda: sys.stdin.readline().strip(), ""):
         try:
-            user = json.loads(line)
-            history = [titles.find(part) for part in user["history"]]
+            print(table(recommender, parse_history(line, recommender.titles)) + "\n")
         except UserError as error:
-            raise UserError(f"stdin, line {number}: {error}") from None
-        except (json.JSONDecodeError, KeyError, TypeError):
-            history = None
-        if not history or isinstance(user["history"], str):
-            raise UserError(
-                f'stdin, line {number}: found {line.strip()[:60]!r}, expected an object like {{"history": [49, "alien"]}}'
-            )
-        yield user, history
+            print(f"  {error}")
+
+
+# ------------------------------------------------------------------------------------------------ JSON lines
+
+
+class User(NamedTuple):
+    """A line of input: its object, and its history as item ids or what is wrong with it."""
+
+    number: int
+    object: dict
+    history: list[int]
+    error: str
+
+
+def read_user(number: int, line: str, titles: Titles) -> User:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        content = None
+    user = content if isinstance(content, dict) else {}
+    parts = user.get("history")
+    if not isinstance(parts, list) or not parts:
+        return User(number, user, [], f"found {line.strip()[:60]!r}, expected {EXAMPLE}")
+    try:
+        return User(number, user, [titles.find(part) for part in parts], "")
+    except UserError as error:
+        return User(number, user, [], str(error))
+
+
+def waiting_lines(stream: Iterable[str], most: int) -> Iterator[list[tuple[int, str]]]:
+    """(number, line) of a stream in lists of at most `most`. A list waits for its first line, and takes what is there."""
+    lines: queue.Queue = queue.Queue(maxsize=4 * most)
+
+    def read() -> None:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                lines.put((number, line))
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while (first := lines.get()) is not None:
+        batch = [first]
+        while len(batch) < most and not lines.empty():
+            if (line := lines.get()) is None:
+                lines.put(None)  # the end, also for the outer loop
+                break
+            batch.append(line)
+        yield batch
+
+
+def answers(recommender: Recommender, users: Sequence[User]) -> list[dict]:
+    """What each user's object gains: `predict`, or `error` and the number of the line."""
+    asked = [user for user in users if not user.error]
+    try:
+        found = iter(recommender([user.history for user in asked]) if asked else [])
+    except UserError as error:
+        if len(users) > 1:
+            return [answers(recommender, [user])[0] for user in users]
+        return [{"line": users[0].number, "error": str(error)}]
+    return [{"line": user.number, "error": user.error} if user.error else {"predict": next(found)} for user in users]
+
+
+def serve(recommender: Recommender) -> None:
+    """Answer JSON lines of stdin on stdout."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(
+            encoding="utf-8", errors="surrogateescape"
+        )  # bytes that are no text: an error of one line
+    refused = 0
+    for batch in waiting_lines(sys.stdin, recommender.options.batch_size):
+        users = [read_user(number, line, recommender.titles) for number, line in batch]
+        for user, answer in zip(users, answers(recommender, users), strict=True):
+            refused += "error" in answer
+            print(json_line(json.dumps(user.object | answer, ensure_ascii=False)), flush=True)
+    if refused:
+        print(f"note: {refused} lines have an error instead of an answer", file=sys.stderr)
 
 
 def main(options: Options) -> None:
-    options.check()
-    disable_progress_bar()
-    recommender = Recommender(options)
+    options.require("base_model", "info_file")
+    runs.require_finished(options.base_model)
+    with redirect_stdout(sys.stderr) if options.jsonl else nullcontext():  # stdout is for answers
+        recommender = Recommender(options)
     if options.jsonl:
-        incoming = read_users(sys.stdin, recommender.titles)
-        while users := list(islice(incoming, options.batch_size)):
-            found = recommender([history for _, history in users])
-            for (user, _), items in zip(users, found, strict=True):
-                print(json.dumps(user | {"predict": items}, ensure_ascii=False), flush=True)
+        serve(recommender)
     elif options.history:
-        print(answer(recommender, parse_history(options.history, recommender.titles)))
+        print(table(recommender, parse_history(options.history, recommender.titles)))
     else:
-        print("A history: item ids, or words of titles separated by ';', oldest first. An empty line ends.")
-        for line in iter(lambda: sys.stdin.readline().strip(), ""):
-            try:
-                print(answer(recommender, parse_history(line, recommender.titles)) + "\n")
-            except UserError as error:
-                print(f"  {error}")
+        ask(recommender)
 
 
 if __name__ == "__main__":

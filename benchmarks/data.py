@@ -1,9 +1,10 @@
-"""Tokenising SFT rows: a row at a time, in one batched call, and ours (tokens.py), side by side.
+"""Tokenising SFT rows: one row at a time, in one batched call, and ours, side by side.
 
     python -m benchmarks.data --json
 
-50,000 rows of the default tasks on MovieLens-100K. A row at a time is two calls of the tokenizer, for the prompt and
-for the answer; it is timed on a part of the rows, evenly spread, and scaled up. Medians over rounds that take turns.
+50,000 rows of the default tasks on MovieLens-100K. One row at a time is two calls of the tokenizer, for the prompt and
+for the answer; it is timed on a part of the rows and scaled up. Ours is minionerec/language_model/tokenizing.py. Medians
+over rounds in which the three take turns.
 """
 
 import json
@@ -11,20 +12,24 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from transformers.hf_argparser import HfArg
-
 from benchmarks import movielens_rows
-from minionerec.common.options import run
+from minionerec.common.errors import UserError
+from minionerec.common.options import option, run
 from minionerec.language_model.tokenizing import tokenize
 
 
 @dataclass
 class Options:
-    tokenizer: str = HfArg(default="", help="a model folder; default: SmolLM2's tokenizer")
-    rows: int = HfArg(default=50_000, help="rows to tokenise")
-    one_by_one: int = HfArg(default=5_000, help="of them, how many are timed one by one")
-    rounds: int = HfArg(default=5, help="rounds of which the median is taken")
-    json: bool = HfArg(default=False, help="print the ratio as JSON in the last line")
+    tokenizer: str = option("", movielens_rows.TOKENIZER_HELP)
+    rows: int = option(50_000, "rows to tokenise")
+    one_by_one: int = option(5_000, "how many of them are timed one by one")
+    rounds: int = option(5, "rounds of which the median is taken")
+    json: bool = option(False, "print the ratio as JSON in the last line")
+
+    def __post_init__(self):
+        for name in ("rows", "one_by_one", "rounds"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: expected at least 1")
 
 
 def main(options: Options) -> None:
@@ -52,7 +57,7 @@ def main(options: Options) -> None:
     taken = {"one by one": [], "batched": [], "ours": []}
     for _ in range(options.rounds):
         for name, function in zip(taken, (one_by_one, batched, ours), strict=True):
-            result = None  # what the last one made is freed before the clock starts
+            result = None  # the previous result is freed before the clock starts
             started = time.perf_counter()
             result = function()
             seconds = time.perf_counter() - started
@@ -61,6 +66,7 @@ def main(options: Options) -> None:
                 expected = result
     rows = result
     assert all(rows.tokens[rows.start[i] : rows.start[i + 1]].tolist() == ids for i, ids in enumerate(expected))
+
     medians = {name: statistics.median(values) for name, values in taken.items()}
     print(f"{len(pairs):,} rows, {len(rows.tokens):,} tokens; seconds, median of {options.rounds} rounds")
     for name, value in medians.items():

@@ -4,13 +4,12 @@
 
 A Qwen2 of 45 million random weights (hidden 256, 6 layers, vocabulary 152,204), rows of the default tasks on
 MovieLens-100K. Plain: random batches padded to their longest row, logits of every position, the model's own loss. Ours:
-the trainer, batches and loss of sft.py. Each run is a process of its own, so that its peak memory is its own; the two
-take turns, and figures are medians over the steps of all rounds (of their medians, for memory). Beside them stands
-what the preflight line of sft.py would have estimated for our side, without what the process held before its model.
+the trainer, batches and loss of sft.py. Each run is a process, so that its peak memory can be measured. The two take
+turns; figures are medians over the steps of all rounds (of the runs' peaks, for memory). The last line compares our
+peak, less what the process held before its model, with the estimate that sft.py prints at its start.
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,30 +24,36 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.hf_argparser import HfArg
 
 from benchmarks import movielens_rows
-from benchmarks.decode import VOCABULARY, random_model
+from benchmarks.shared import VOCABULARY, VOCABULARY_HELP, peak_memory, random_model
 from minionerec.common.errors import UserError
-from minionerec.common.options import run
+from minionerec.common.options import option, run
 from minionerec.language_model.batches import IGNORED, Collator, EpochOrder, Lines
 from minionerec.language_model.memory import memory_estimate
 from minionerec.language_model.sft_trainer import SFTTrainer
 from minionerec.language_model.tokenizing import tokenize
 
+SIDES = ("plain", "ours")
 WARM_UP = 2  # steps that are not counted
 
 
 @dataclass
 class Options:
-    side: str = HfArg(
-        default="", help="plain or ours: run that one alone and print its figures; default: both, in turns"
-    )
-    tokenizer: str = HfArg(default="", help="a model folder; default: SmolLM2's tokenizer")
-    batch_size: int = HfArg(default=16, help="rows a step")
-    steps: int = HfArg(default=8, help="steps of a run that are counted")
-    rounds: int = HfArg(default=2, help="runs of each side")
-    json: bool = HfArg(default=False, help="print the ratios as JSON in the last line")
+    side: str = option("", "plain or ours: run only that one and print its figures; default: both, in turns")
+    tokenizer: str = option("", movielens_rows.TOKENIZER_HELP)
+    vocabulary: int = option(VOCABULARY, VOCABULARY_HELP)
+    batch_size: int = option(16, "rows per step")
+    steps: int = option(8, "counted steps of a run")
+    rounds: int = option(2, "runs of each side")
+    json: bool = option(False, "print the ratios as JSON in the last line")
+
+    def __post_init__(self):
+        if self.side not in ("", *SIDES):
+            raise UserError(f"--side {self.side}: expected plain or ours")
+        for name in ("batch_size", "steps", "rounds"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: expected at least 1")
 
 
 class Clock(TrainerCallback):
@@ -70,14 +75,14 @@ class Clock(TrainerCallback):
 def measure(options: Options) -> dict:
     """{"seconds": of each counted step, "bytes": the peak, "before": the peak before there was a model}, and for our
     side "estimate": the bytes of the preflight line. Of the process, or of the GPU."""
-    steps = WARM_UP + options.steps
+    device, steps = "cuda" if torch.cuda.is_available() else "cpu", WARM_UP + options.steps
     tokenizer = movielens_rows.tokenizer_of(options.tokenizer)
-    # as many rows as an epoch's length groups are made of, and not fewer than the steps take
+    # as many rows as an epoch's length groups consist of, and not fewer than the steps take
     rows = tokenize(movielens_rows.pairs(50 * options.batch_size), tokenizer, "", "; ").trimmed(512)
-    if rows.tokens.max() >= VOCABULARY:
-        raise UserError(f"--tokenizer {options.tokenizer}: {len(tokenizer)} tokens, expected at most {VOCABULARY}")
-    figures = {"before": peak_memory()}
-    model = random_model("cpu", torch.float32)
+    if rows.tokens.max() >= options.vocabulary:
+        raise UserError(f"--tokenizer {options.tokenizer}: {len(tokenizer)} tokens, expected at most --vocabulary")
+    figures = {"before": peak_memory(device)}
+    model = random_model("cpu", torch.float32, options.vocabulary)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -105,40 +110,38 @@ def measure(options: Options) -> dict:
                 model=model, args=arguments, train_dataset=dataset, data_collator=collator, callbacks=[clock]
             )
         trainer.train()
-    return figures | {"seconds": clock.seconds, "bytes": peak_memory()}
-
-
-def peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return figures | {"seconds": clock.seconds, "bytes": peak_memory(device)}
 
 
 def main(options: Options) -> None:
     if options.side:
-        if options.side not in ("plain", "ours"):
-            raise UserError(f"--side {options.side}: expected plain or ours")
         print(json.dumps(measure(options)))
         return
-    seconds, peaks = {"plain": [], "ours": []}, {"plain": [], "ours": []}
-    shared = ["--tokenizer", options.tokenizer, "--batch_size", str(options.batch_size), "--steps", str(options.steps)]
+    seconds, peaks = ({side: [] for side in SIDES} for _ in range(2))
+    shared = {name: getattr(options, name) for name in ("tokenizer", "vocabulary", "batch_size", "steps")}
     for _ in range(options.rounds):
-        for side in seconds:
-            command = [sys.executable, "-m", "benchmarks.sft_step", "--side", side, *shared]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        for side in SIDES:
+            command = [sys.executable, "-m", "benchmarks.sft_step", f"--side={side}"]
+            command += [f"--{name}={value}" for name, value in shared.items()]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise UserError(f"the run of side {side} failed; its error is printed above")
             figures = json.loads(done.stdout.splitlines()[-1])
             seconds[side] += figures["seconds"]
             peaks[side].append(figures["bytes"])
+            if side == "ours":
+                ours = figures
+
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{device}; batches of {options.batch_size} rows, {len(seconds['ours'])} steps a side")
+    print(f"{device}; batches of {options.batch_size} rows, {len(seconds['ours'])} steps per side")
     time_of = {side: statistics.median(values) for side, values in seconds.items()}
     peak_of = {side: statistics.median(values) for side, values in peaks.items()}
-    for side in seconds:
-        print(f"{side:6}{time_of[side]:8.3f} s a step{peak_of[side] / 2**30:8.2f} GiB at most")
+    for side in SIDES:
+        print(f"{side:6}{time_of[side]:8.3f} s per step{peak_of[side] / 2**30:8.2f} GiB at most")
     ratios = {"time_ratio": time_of["plain"] / time_of["ours"], "memory_ratio": peak_of["ours"] / peak_of["plain"]}
     print(f"ours is {ratios['time_ratio']:.1f} times as fast, with {ratios['memory_ratio']:.2f} of the memory")
-    needed = (peak_of["ours"] - figures["before"]) / 2**30
-    print(f"ours needed {needed:.2f} GiB beside the process; estimated were {figures['estimate'] / 2**30:.2f}")
+    needed = (peak_of["ours"] - ours["before"]) / 2**30
+    print(f"ours needed {needed:.2f} GiB beside the process; estimated were {ours['estimate'] / 2**30:.2f}")
     if options.json:
         print(json.dumps({name: round(value, 3) for name, value in ratios.items()}))
 

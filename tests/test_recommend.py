@@ -1,16 +1,28 @@
+"""recommend.py: histories by ids and words, filters, and a server of JSON lines that answers each line as it comes.
+
+A line with an error gets an error, the others their answers; what a title holds never reaches the terminal raw.
+"""
+
 import io
 import json
+import os
+import queue
 import re
+import shutil
+import subprocess
+import sys
+import threading
 
 import pytest
-from helpers import N_ITEMS, run_stage
+from helpers import N_ITEMS, ROOT, run_stage
 
 import recommend
-from minionerec.catalog.items import Items
 from minionerec.common.errors import UserError
+from minionerec.language_model.checkpoints import Settings, save_settings
 
 TITLES = recommend.Titles(
-    Items(["<a_0>"] * 5, ["Alien", "Aliens", "Alien Nation", "Blade Runner", "Star Wars, Part 4"]), [1, 9, 1, 0, 0]
+    ["Alien", "Aliens", "Alien Nation", "Blade Runner", "Star Wars, Part 4", "Bad \x1b[31m\x9b2J\u202e one"],
+    [1, 9, 1, 0, 0, 0],
 )
 
 
@@ -35,7 +47,15 @@ def test_histories_by_ids_or_words(text, items):
 
 
 @pytest.mark.parametrize(
-    "text, found", [("77", "no item 77, expected ids 0..4"), ("blade runer", "is it Blade Runner"), (" ; ", "empty")]
+    "text, found",
+    [
+        ("77", "no item 77, expected ids 0..5"),
+        ("9" * 5000, "no item 9999"),
+        ("blade runer", "is it Blade Runner"),
+        ("bda 31m 2j ono", r"is it Bad \x1b[31m\x9b2J\u202e one"),
+        (" ; ", "empty"),
+        ("!", "no title has the words '!'"),
+    ],
 )
 def test_histories_that_name_nothing(text, found):
     with pytest.raises(UserError, match=re.escape(found)):
@@ -48,7 +68,7 @@ def test_filters_and_order(world, checkpoint_folder, policy):
         assert sorted(item["item_id"] for item in found) == list(range(N_ITEMS))
         scores = [item["score"] for item in found]
         assert scores == sorted(scores, reverse=True)
-    unseen = recommend.Recommender(options(world, checkpoint_folder, K=100, exclude_seen=True))([[3, 5], [7]])
+    unseen = recommend.Recommender(options(world, checkpoint_folder, K=100, unseen=True))([[3, 5], [7]])
     for found, history in zip(unseen, ([3, 5], [7]), strict=True):
         assert sorted(item["item_id"] for item in found) == [i for i in range(N_ITEMS) if i not in history]
     few = recommend.Recommender(options(world, checkpoint_folder, only_items="4,6,9"))([[3, 5]])[0]
@@ -79,18 +99,131 @@ def test_jsonl_answers_each_line_in_order(world, checkpoint_folder, monkeypatch,
         assert [item["item_id"] for item in answered["predict"]] == [item["item_id"] for item in expected]
 
 
+def test_the_default_for_seen_items_follows_from_train(world, checkpoint_folder, tmp_path):
+    known = options(world, checkpoint_folder, train_file=str(world.train))
+    assert recommend.Recommender(known).unseen  # no target of the walks repeats
+    assert not recommend.Recommender(options(world, checkpoint_folder)).unseen
+    assert not recommend.Recommender(
+        options(world, checkpoint_folder, train_file=str(world.train), unseen=False)
+    ).unseen
+
+
 @pytest.mark.parametrize(
-    "line", ['{"history": "49"}', '{"history": []}', "[1]", "{", '{"history": [900]}', '{"history": [true]}']
+    "line",
+    [
+        '{"history": "49"}', '{"history": []}', "[1]", "{", '{"history": [900]}', '{"history": [true]}', "[" * 100_000,
+        '{"history": [' + "9" * 5000 + "]}", '{"history": [1e400]}', '{"history": ["\\ud800"]}', "null", "\udcff\udcfe",
+    ],
+)  # fmt: skip
+def test_bad_lines_are_errors_of_one_line(line):
+    user = recommend.read_user(2, line, TITLES)
+    assert user.error and user.number == 2 and not user.history and len(user.error.splitlines()) == 1
+
+
+class FewAnswers:
+    """A recommender that refuses a history with item 3."""
+
+    def __call__(self, histories):
+        if any(3 in history for history in histories):
+            raise UserError("too long")
+        return [[{"item_id": history[-1]}] for history in histories]
+
+
+def test_a_line_that_fails_costs_no_other_line_its_answer():
+    lines = ['{"history": [1], "user": "x"}', "{", '{"history": [3], "user": "y"}', '{"history": [0]}']
+    users = [recommend.read_user(number, line, TITLES) for number, line in enumerate(lines, start=1)]
+    found = recommend.answers(FewAnswers(), users)
+    assert found[0] == {"predict": [{"item_id": 1}]} and found[3] == {"predict": [{"item_id": 0}]}
+    assert found[1]["line"] == 2 and "expected an object like" in found[1]["error"]
+    assert found[2] == {"line": 3, "error": "too long"}
+
+
+def test_lines_that_wait_form_a_batch():
+    lines = queue.Queue()
+    batches = recommend.waiting_lines(iter(lines.get, None), 3)
+    lines.put("a")
+    assert next(batches) == [(1, "a")]
+    for line in ("b", " \n", "c", "d", "e", None):
+        lines.put(line)
+    rest = list(batches)
+    assert [line for batch in rest for line in batch] == [(2, "b"), (4, "c"), (5, "d"), (6, "e")]
+    assert all(len(batch) <= 3 for batch in rest)
+    assert list(recommend.waiting_lines(io.StringIO(""), 3)) == []
+
+
+def test_a_client_gets_its_answer_before_it_sends_the_next_line(world, checkpoint_folder):
+    """And a bad line gets an error; bytes that are no text are one of them."""
+    command = [sys.executable, "recommend.py", "--base_model", str(checkpoint_folder), "--info_file", str(world.info)]
+    server = subprocess.Popen(
+        [*command, "--jsonl", "True", "--K", "2", "--category", "books"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    ended = threading.Timer(120, server.kill)
+    ended.start()
+    try:
+        for line in (b'{"history": [3], "user": 1}', b"\xff\xfe{", b'{"history": ["number 12"], "user": 3}'):
+            server.stdin.write(line + b"\n")
+            server.stdin.flush()
+            answer = json.loads(server.stdout.readline())
+            assert "error" in answer if b"user" not in line else len(answer["predict"]) == 2
+        _, errors = server.communicate()
+    finally:
+        ended.cancel()
+    assert server.returncode == 0 and b"1 lines have an error" in errors and b"note: --category" in errors
+
+
+def test_titles_with_terminal_escapes_are_shown_escaped(world, checkpoint_folder, tmp_path):
+    bad = "\x1b]0;pwned\x07 \x9b31m \u202e"
+    info = tmp_path / "info.txt"
+    info.write_text(re.sub(r"Item number (\d+),", rf"Item {bad} number \1,", world.info.read_text()))
+    command = ["recommend.py", "--base_model", checkpoint_folder, "--info_file", info]
+    shown = run_stage(*command, "--history", "3", "--K", "4").stdout
+    assert r"\x1b]0;pwned\x07 \x9b31m \u202e number 3," in shown
+    assert not set(bad) & set(shown) - set(" 0123456789abcdefghijklmnopqrstuvwxyz];")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    served = subprocess.run(
+        [sys.executable, *map(str, command), "--jsonl", "True"],
+        cwd=ROOT, env=environment, input='{"history": [3]}\n', capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert not set(served) & {"\x1b", "\x07", "\x9b", "\u202e"} and bad in json.loads(served)["predict"][0]["title"]
+
+
+def test_the_checkpoints_settings_are_the_default(world, checkpoint_folder, tmp_path):
+    folder = shutil.copytree(checkpoint_folder, tmp_path / "checkpoint")
+    save_settings(folder, ROOT / "config" / "prompt.yaml", Settings("Toys_and_Games", 1, "catalog"))
+    stored = recommend.Recommender(options(world, folder))
+    given = {"category": "Toys_and_Games", "max_history": 1, "space": "catalog"}
+    assert stored([[9, 3]]) == recommend.Recommender(options(world, checkpoint_folder, **given))([[9, 3]])
+    assert stored([[9, 3]]) != recommend.Recommender(options(world, checkpoint_folder))([[9, 3]])
+    (folder / "run.json").write_text(json.dumps({"stage": "rl", "complete": False}))
+    with pytest.raises(UserError, match="rl has not finished there"):
+        recommend.main(options(world, folder, history="3"))
+
+
+@pytest.mark.parametrize(
+    "wrong, found",
+    [
+        ({"K": 0}, "--K 0: expected at least 1"),
+        ({"K": -3}, "--K -3: expected at least 1"),
+        ({"num_beams": -1}, "--num_beams -1: expected at least 0"),
+        ({"num_beams": 5}, "--num_beams 5: expected at least --K 10, or 0"),
+        ({"batch_size": 0}, "--batch_size 0: expected at least 1"),
+        ({"max_history": -1}, "--max_history -1: expected at least 0"),
+        ({"space": "words"}, "--space words: expected vocab or catalog"),
+        ({"jsonl": True, "history": "3"}, "--jsonl True: expected False with --history"),
+    ],
 )
-def test_bad_lines_are_named(line):
-    with pytest.raises(UserError, match="stdin, line 2: "):
-        list(recommend.read_users(['{"history": [1]}', line], TITLES))
+def test_bad_options(world, checkpoint_folder, wrong, found):
+    with pytest.raises(UserError, match=found):
+        options(world, checkpoint_folder, **wrong)
 
 
 def test_table_from_the_command_line(world, checkpoint_folder):
     command = ["recommend.py", "--base_model", checkpoint_folder, "--info_file", world.info]
     done = run_stage(*command, "--history", "number 12; 3", "--K", "4", "--max_history", "1")
     lines = done.stdout.split("\n")
+    assert lines[0].startswith("note: --max_history 1 is used")
+    lines = lines[1:]
     assert lines[1] == "history" and "Item number 12" in lines[2] and "not in the prompt" in lines[2]
     assert "Item number 3" in lines[3] and "not in the prompt" not in lines[3]
     shown = [line for line in lines[6:] if line.strip()]
