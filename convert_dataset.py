@@ -31,14 +31,20 @@ class Options(StageOptions):
         "", "folder with <D>.item.json, <D>.index.json and <D>.{train,valid,test}.inter", role=RUNTIME
     )
     output_dir: str = option("", "folder that gets train/ valid/ test/ info/", role=OUTPUT)
-    max_history: int = option(10, "items of history that a row keeps, the latest ones")
+    csv_dir: str = option(  # the record holds digests of its files
+        "", "folder in the published layout whose train/ valid/ test/*.csv replace the .inter files: gives them new SIDs",
+        role=RUNTIME,
+    )  # fmt: skip
+    max_history: int = option(
+        10, "items of history that a train row keeps, the latest ones; valid and test rows keep all"
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self.at_least(1, "max_history")
 
 
-def read_inter(path: str | Path, n_items: int, max_history: int):
+def read_inter(path: str | Path, n_items: int):
     """Columns user, history (list of int, oldest first), target; raises `UserError` naming the row of a bad cell.
 
     A history may be empty.
@@ -59,7 +65,19 @@ def read_inter(path: str | Path, n_items: int, max_history: int):
     refuse_rows(table, ~lists.list.eval(known).list.all(), COLUMNS[1], path, f"{expected}, with blanks between them")
     numbers = target.cast(pl.Int64, strict=False)
     refuse_rows(table, ~numbers.is_between(0, n_items - 1).fill_null(False), COLUMNS[2], path, f"one of the {expected}")
-    return pl.DataFrame({"user": user, "history": lists.list.tail(max_history), "target": numbers})
+    return pl.DataFrame({"user": user, "history": lists, "target": numbers})
+
+
+def read_rows(path: Path, sids: list[str]):
+    """Columns user, history, target of an .inter file or of a CSV, whose SIDs do not matter."""
+    import polars as pl
+
+    from minionerec.catalog.sequences import read_sequences
+
+    if path.suffix == ".inter":
+        return read_inter(path, len(sids))
+    rows = read_sequences(path, sids, "csv_dir", check_sids=False)
+    return rows.select("user", pl.col("seen").alias("history"), "target")
 
 
 def to_csv_rows(rows, items):
@@ -121,17 +139,32 @@ def read_all(options: Options, sources: dict[str, Path]) -> tuple[dict, list[str
             "sid_literal": [repr(sid) for sid in sids],
         }
     )
-    tables = {split: to_csv_rows(read_inter(sources[split], len(sids), options.max_history), items) for split in SPLITS}
+    tables = {}
+    for split in SPLITS:
+        rows = read_rows(sources[split], sids)
+        if split == "train":
+            rows = rows.with_columns(pl.col("history").list.tail(options.max_history))
+        tables[split] = to_csv_rows(rows, items)
     lines = [f"{sid}\t{title}\t{item}\n" for item, (sid, title) in enumerate(zip(sids, titles, strict=True))]
     print(f"{len(sids)} items, {len(set(sids))} SIDs")
     return tables, lines
+
+
+def split_file(options: Options, split: str) -> Path:
+    """Where the samples of a split come from."""
+    if not options.csv_dir:
+        return Path(options.data_dir, f"{options.dataset_name}.{split}.inter")
+    found = sorted(Path(options.csv_dir, split).glob("*.csv"))
+    if len(found) != 1:
+        raise UserError(f"{options.csv_dir}/{split}: found {len(found)} files *.csv, expected one; check --csv_dir")
+    return found[0]
 
 
 def main(options: Options) -> None:
     options.require("dataset_name", "data_dir", "output_dir")
     data, output, name = Path(options.data_dir), Path(options.output_dir), options.dataset_name
     sources = {kind: data / f"{name}.{kind}.json" for kind in ("item", "index")}
-    sources |= {split: data / f"{name}.{split}.inter" for split in SPLITS}
+    sources |= {split: split_file(options, split) for split in SPLITS}
     for path in sources.values():
         require_file(path, "data_dir")
     files = {split: output / split / f"{name}.csv" for split in SPLITS}

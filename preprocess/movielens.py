@@ -30,7 +30,7 @@ class Options(StageOptions):
     input_dir: str = option(  # the record holds digests of the two files
         "", "folder with ml-100k.inter and ml-100k.item; default: the recbole wheel", role=RUNTIME
     )
-    max_history: int = option(10, "items of history that a sample keeps, the latest ones")
+    max_history: int = option(10, "items of history that a train sample keeps, the latest ones")
 
     def __post_init__(self):
         super().__post_init__()

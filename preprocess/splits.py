@@ -1,7 +1,8 @@
 """Interactions in time order to (history, target) samples, split into train, valid and test.
 
 Leave-one-out: a user's last item tests, the one before validates, all earlier ones train (SASRec, arXiv 1808.09781).
-Every position with something before it is one sample; its history is at most the `max_history` items before it.
+Every position with something before it is one sample. A train sample's history is at most the `max_history` items before
+it; valid and test samples keep all of them, so that an evaluation knows which items a user has.
 
 Interactions with equal time stay in the order of their rows.
 """
@@ -40,10 +41,14 @@ def leave_one_out(interactions: pl.DataFrame, max_history: int = 10) -> dict[str
             f"leave-one-out: none of {interactions['user'].n_unique()} users has 3 interactions, expected at least one"
         )
     rows = samples(enough, max_history)
+    whole = enough.sort("time", maintain_order=True).group_by("user", maintain_order=True).agg(whole="item")
+    held_out = rows.filter(pl.col("from_end") < 2).join(whole, on="user", how="left", maintain_order="left")
+    before = pl.col("whole").list.head(pl.col("whole").list.len() - 1 - pl.col("from_end"))
+    held_out = held_out.with_columns(history=before).drop("whole")
     return {
         "train": rows.filter(pl.col("from_end") >= 2),
-        "valid": rows.filter(pl.col("from_end") == 1),
-        "test": rows.filter(pl.col("from_end") == 0),
+        "valid": held_out.filter(pl.col("from_end") == 1),
+        "test": held_out.filter(pl.col("from_end") == 0),
     }
 
 

@@ -93,6 +93,13 @@ def table(ranks: np.ndarray, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, floa
     return result | {"MRR": float(reciprocal.mean())}
 
 
+def values_of_rows(ranks: np.ndarray, metric: str) -> np.ndarray:
+    """`HR@K` or `NDCG@K` of each row, for paired comparisons: (rows,) in [0, 1]."""
+    kind, _, k = metric.partition("@")
+    hit = ranks < int(k)
+    return hit.astype(float) if kind == "HR" else np.where(hit, 1.0 / np.log2(np.where(hit, ranks, 0) + 2.0), 0.0)
+
+
 def bootstrap(ranks: np.ndarray, seed: int, cutoffs: Sequence[int] = CUTOFFS, rounds: int = 1000) -> dict[str, list]:
     """95 % percentile intervals `{"HR@1": [low, high], …}` over rows drawn with replacement."""
     rng = np.random.default_rng(seed)
