@@ -1,131 +1,200 @@
-"""The table of a run: what its stages measured on the test rows, side by side.
+"""The table of a run of run.sh: what its stages measured on the test rows, side by side.
 
     python report.py --output_dir output/quickstart
 
-Reads what the stages of run.sh left in `output_dir`: metrics, ranks of the targets, run records. Prints a table by item in
-the headline protocol (minionerec/evaluation/protocols.py) with the 95 % interval of NDCG@10 over rows, and each model's
-paired difference to the best baseline, marked ~ where its 95 % interval contains 0. Writes `results.json`:
+Reads what the stages left in `output_dir`: metrics (`<model>/metrics.json`, `<model>.metrics.json`), ranks beside them,
+and the seconds in the records of runs. Writes `results.json` there and prints it:
 
-    {"headline": "all" or "unseen", "rows": …, "best_baseline": …,
-     "sasrec": {"HR@5": …, …, "NDCG@20": …, "interval": {"NDCG@10": [low, high], …},
-                "minus_best_baseline": {"NDCG@10": [difference, low, high], …},
-                "other": {the same metrics in the other protocol}}, …,
-     "seconds": {stage: …}}
+    {"<model>": {"HR@5": …, …}, …,                                   all items, by item
+     "unseen": {"<model>": {"HR@5": …, …}, …},                       without the items that the user already has
+     "headline": "all" | "unseen", "baseline": "<model>",            the protocol to quote, and its best baseline
+     "intervals": {"<model>": {"NDCG@10": [low, high], …}, …},       95 %, of the headline protocol
+     "differences": {"<model>": {"NDCG@10": [mean, low, high], …}},  to that baseline, on the same rows
+     "seconds": {"<stage>": …}}
 """
 
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from minionerec.common import runs
 from minionerec.common.errors import UserError
-from minionerec.common.files import read_json, require_file, write_json
-from minionerec.common.options import RUNTIME, option, run
+from minionerec.common.files import read_json, write_json
+from minionerec.common.options import INPUT, StageOptions, option, run
+from minionerec.common.text import printable
 
 BASELINES = ("popularity", "markov", "sasrec", "gru4rec", "caser")
-FILES = {name: (f"{name}/metrics.json", f"{name}/ranks.npz") for name in BASELINES}
-FILES |= {name: (f"{name}.metrics.json", f"{name}.ranks.npz") for name in ("sft", "rl")}
-FILES["blend"] = ("rl.blend.metrics.json", "rl.blend.ranks.npz")
+ORDER = (*BASELINES, "sft", "rl")  # other models follow, by name
 CUTOFFS = (5, 10, 20)
-METRICS = [f"{metric}@{k}" for metric in ("HR", "NDCG") for k in CUTOFFS]
-COMPARED = ("HR@10", "NDCG@10", "HR@50")
+COMPARED = ("HR@10", "NDCG@10")
+PROTOCOLS = {"all": "all items", "unseen": "unseen items (the user's earlier items leave the ranking)"}
+NOT_MODELS = ("unseen", "headline", "baseline", "intervals", "differences", "seconds")  # keys of results.json
 
 
 @dataclass
-class Options:
-    output_dir: str = option("", "folder of a finished run of run.sh", role=RUNTIME)
+class Options(StageOptions):
+    output_dir: str = option("", "folder of a run of run.sh", role=INPUT)
+    seed: int = option(42, "seed of the paired bootstrap")
 
 
-def by_item(metrics: dict, protocol: str) -> dict:
-    """The part of a metrics file that a table shows."""
-    return metrics if protocol == "all" else metrics["unseen"]
+# ------------------------------------------------------------------------------------------------ what is found
 
 
-def read(folder: Path) -> tuple[dict[str, dict], dict]:
-    """(metrics, ranks by item in the headline protocol) of every model that was scored."""
-    import numpy as np
+def moved_aside(path: Path) -> bool:
+    """Whether a path belongs to an older result that `--overwrite` has renamed to NAME.1."""
+    return any(re.search(r"\.\d+$", part) for part in path.parts)
 
-    metrics = {
-        name: read_json(folder / file, "output_dir") for name, (file, _) in FILES.items() if (folder / file).exists()
-    }
+
+def find(folder: Path, pattern: str) -> dict[str, Path]:
+    """{model: file} for `<model>/<pattern>` and `<model>.<pattern>`."""
+    found = {path.parent.name: path for path in folder.glob(f"*/{pattern}")}
+    found |= {path.name.removesuffix(f".{pattern}"): path for path in folder.glob(f"*.{pattern}")}
+    return {name: path for name, path in found.items() if not moved_aside(path.relative_to(folder))}
+
+
+def read_metrics(folder: Path) -> dict[str, dict]:
+    """{model: content of its metrics.json}, baselines first."""
+    metrics = {name: read_json(path, "output_dir") for name, path in find(folder, "metrics.json").items()}
+    metrics = {name: content for name, content in metrics.items() if isinstance(content.get("item"), dict)}
     if not metrics:
-        raise UserError(f"{folder}: found no metrics of a stage; run run.sh with OUTPUT={folder} first")
-    protocol = next(iter(metrics.values()))["headline"]
-    ranks = {}
-    for name in metrics:
-        with np.load(folder / FILES[name][1], allow_pickle=False) as arrays:
-            ranks[name] = arrays[f"{protocol}_item"]
-    return metrics, ranks
+        raise UserError(f"{folder}: found no metrics of a model, expected files like sft.metrics.json; run run.sh")
+    place = {name: number for number, name in enumerate(ORDER)}
+    return {name: metrics[name] for name in sorted(metrics, key=lambda name: (place.get(name, len(ORDER)), name))}
 
 
-def differences(ranks, best: str, name: str) -> dict[str, list[float]]:
-    """`{metric: [difference, low, high]}` of a model's rows less those of `best`; 95 % intervals over rows."""
+def read_seconds(folder: Path) -> dict[str, float]:
+    """{stage: seconds} of the finished runs, in the order in which they began.
+
+    A stage that ran once is its record's stage; one that ran several times is the name of the model's folder, or the
+    name before .run.json and the stage (`sft_evaluate`).
+    """
+    paths = [
+        path for depth in ("", "*/") for name in (runs.RECORD, f"*.{runs.RECORD}") for path in folder.glob(depth + name)
+    ]
+    records = [(path, runs.read_record(path)) for path in paths if not moved_aside(path.relative_to(folder))]
+    records = [(path, record) for path, record in records if record.get("complete")]
+    records.sort(key=lambda pair: pair[1]["started"])
+    times = Counter(record["stage"] for _, record in records)
+
+    def name(path: Path, stage: str) -> str:
+        if times[stage] == 1:
+            return stage
+        return path.parent.name if path.name == runs.RECORD else f"{path.name.removesuffix(f'.{runs.RECORD}')}_{stage}"
+
+    return {name(path, record["stage"]): record["seconds"] for path, record in records}
+
+
+def read_ranks(folder: Path, protocol: str) -> dict:
+    """{model: ranks by item (rows,)} of the models that have stored them."""
     import numpy as np
 
-    from minionerec.evaluation.metrics import values_of_rows
+    ranks = {}
+    for name, path in find(folder, "ranks.npz").items():
+        with np.load(path, allow_pickle=False) as content:
+            if f"{protocol}_item" in content:
+                ranks[name] = content[f"{protocol}_item"]
+    return ranks
 
-    found, rng = {}, np.random.default_rng(0)
-    drawn = rng.integers(len(ranks[name]), size=(1000, len(ranks[name])))
-    for metric in COMPARED:
-        gap = values_of_rows(ranks[name], metric) - values_of_rows(ranks[best], metric)
-        low, high = np.percentile(gap[drawn].mean(axis=1), [2.5, 97.5])
-        found[metric] = [round(float(x), 6) for x in (gap.mean(), low, high)]
+
+# ------------------------------------------------------------------------------------------------ the results
+
+
+def rows_of(metrics: Mapping[str, dict], protocol: str) -> dict[str, dict[str, float]]:
+    """{model: metrics by item} under a protocol, at the cutoffs that every model has."""
+    found = {name: content if protocol == "all" else content.get("unseen") for name, content in metrics.items()}
+    tables = {name: content["item"] for name, content in found.items() if content}
+    names = [f"{metric}@{k}" for metric in ("HR", "NDCG") for k in CUTOFFS]
+    names = [name for name in names if all(name in table for table in tables.values())]
+    return {model: {name: table[name] for name in names} for model, table in tables.items()}
+
+
+def headline_of(metrics: Mapping[str, dict]) -> str:
+    """`unseen` where every model has that protocol and one has chosen it from train, else `all`."""
+    has_both = all("unseen" in content for content in metrics.values())
+    return "unseen" if has_both and any(m["headline"] == "unseen" for m in metrics.values()) else "all"
+
+
+def compare(ranks: Mapping, baseline: str, seed: int) -> dict[str, dict[str, list[float]]]:
+    """{model: {metric: [mean, low, high]}} of the differences to `baseline` on the same rows."""
+    from minionerec.evaluation.metrics import interval_of_mean, values_of
+
+    if baseline not in ranks:
+        return {}
+    reference, result = values_of(ranks[baseline], [10]), {}
+    for model, own in ranks.items():
+        if model != baseline and len(own) == len(ranks[baseline]):
+            values = values_of(own, [10])
+            differences = {name: values[name].astype(float) - reference[name] for name in COMPARED}
+            result[model] = {name: [float(d.mean()), *interval_of_mean(d, seed)] for name, d in differences.items()}
+    return result
+
+
+def results_of(folder: Path, seed: int) -> dict:
+    """The content of results.json."""
+    metrics = read_metrics(folder)
+    headline = headline_of(metrics)
+    tables = {protocol: rows_of(metrics, protocol) for protocol in PROTOCOLS}
+    best = [name for name in tables[headline] if name in BASELINES and "NDCG@10" in tables[headline][name]]
+    baseline = max(best, key=lambda name: tables[headline][name]["NDCG@10"], default="")
+    content = {name: m if headline == "all" else m["unseen"] for name, m in metrics.items()}
+    intervals = {
+        name: {metric: own["intervals"][metric] for metric in COMPARED if metric in own.get("intervals", {})}
+        for name, own in content.items()
+    }
+    return tables["all"] | {
+        "unseen": tables["unseen"],
+        "headline": headline,
+        "baseline": baseline,
+        "intervals": intervals,
+        "differences": compare(read_ranks(folder, headline), baseline, seed),
+        "seconds": read_seconds(folder),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def tables_of(results: dict) -> str:
+    """The results as text: a table for each protocol, the headline first, with intervals and differences."""
+    from minionerec.evaluation.metrics import format_table
+
+    tables = {"all": {name: row for name, row in results.items() if name not in NOT_MODELS}}
+    tables |= {"unseen": results["unseen"]} if results["unseen"] else {}
+    parts = []
+    for protocol, rows in sorted(tables.items(), key=lambda pair: pair[0] != results["headline"]):
+        cutoffs = [k for k in CUTOFFS if f"HR@{k}" in next(iter(rows.values()))]
+        lines = format_table(rows, cutoffs).split("\n")
+        if protocol == results["headline"]:
+            lines = [line + cell for line, cell in zip(lines, cells(results, rows), strict=True)]
+        parts.append("\n".join([PROTOCOLS[protocol], *lines]))
+    if results["differences"]:
+        parts.append("Intervals are 95 %. ~ marks a difference within its interval, on the same test rows.")
+    return "\n\n".join(parts)
+
+
+def cells(results: dict, models: Iterable[str]) -> list[str]:
+    """Of NDCG@10 the interval and the difference to the best baseline: a header, then a cell for each model."""
+    compared = results["differences"]
+    found = [f"{'interval of NDCG@10':>23}" + (f"   NDCG@10 − {results['baseline']}'s" if compared else "")]
+    for model in models:
+        interval = results["intervals"][model].get("NDCG@10")
+        cell = f"{interval[0]:>14.4f} – {interval[1]:.4f}" if interval else " " * 23
+        if model in compared:
+            mean, low, high = compared[model]["NDCG@10"]
+            cell += f"   {'~' if low <= 0 <= high else ' '}{mean:+.4f} ({low:+.4f} to {high:+.4f})"
+        found.append(cell)
     return found
 
 
-def results_of(metrics: dict[str, dict], ranks) -> dict:
-    """What `results.json` holds, seconds left out."""
-    first = next(iter(metrics.values()))
-    protocol, other = first["headline"], {"all": "unseen", "unseen": "all"}[first["headline"]]
-    known = [name for name in BASELINES if name in metrics]
-    best = max(known, key=lambda name: by_item(metrics[name], protocol)["item"]["NDCG@10"]) if known else ""
-    results = {"headline": protocol, "rows": first["rows"], "best_baseline": best}
-    for name, content in metrics.items():
-        shown = by_item(content, protocol)
-        results[name] = {metric: shown["item"][metric] for metric in METRICS}
-        results[name]["interval"] = {metric: shown["intervals"][metric] for metric in ("HR@10", "NDCG@10")}
-        results[name]["other"] = {metric: by_item(content, other)["item"][metric] for metric in METRICS}
-        if best and name != best and len(ranks[name]) == len(ranks[best]):
-            results[name]["minus_best_baseline"] = differences(ranks, best, name)
-    return results
-
-
-def seconds_of(folder: Path) -> dict[str, float]:
-    """Seconds of each stage that left a record, in the order in which they ended."""
-    records = [read_json(path, "output_dir") for path in folder.rglob("*run.json") if ".1" not in path.parent.name]
-    records = sorted((r for r in records if "seconds" in r), key=lambda r: r["started"] + r["seconds"])
-    return {
-        f"{r['stage']}{'/' + r['settings']['model'] if r['stage'] == 'baseline' else ''}": r["seconds"] for r in records
-    }
-
-
-def lines_of(results: dict) -> list[str]:
-    """The table as text."""
-    names = [name for name in FILES if name in results]
-    best = results["best_baseline"]
-    lines = [" " * 12 + "".join(f"{metric:>9}" for metric in METRICS) + f"{'95 % NDCG@10':>17}{'less ' + best:>20}"]
-    for name in names:
-        row = results[name]
-        low, high = row["interval"]["NDCG@10"]
-        cells = "".join(f"{row[metric]:>9.4f}" for metric in METRICS) + f"{f'{low:.4f}-{high:.4f}':>17}"
-        if "minus_best_baseline" in row:
-            gap, low, high = row["minus_best_baseline"]["NDCG@10"]
-            cells += f"{'~ ' * (low <= 0 <= high) + f'{gap:+.4f}':>20}"
-        lines.append(f"{name:<12}{cells}")
-    return lines
-
-
 def main(options: Options) -> None:
-    folder = require_file(options.output_dir, "output_dir")
-    metrics, ranks = read(folder)
-    results = results_of(metrics, ranks)
-    results["seconds"] = seconds_of(folder)
+    options.require("output_dir")
+    folder = Path(options.output_dir)
+    results = results_of(folder, options.seed)
     write_json(folder / "results.json", results)
-    repeats = next(iter(metrics.values()))["repeats"]["train"]
-    print(f"{results['rows']} test rows, by item, full catalog, {results['headline']} items ({folder})")
-    print("\n".join(lines_of(results)))
-    print(
-        f"{results['headline']} items, because {repeats:.1%} of train's targets repeat an item of their user; results.json "
-        "has the other protocol. ~: within the paired 95 % interval. Digits repeat on one type of processor only."
-    )
+    print(f"test rows, by item, full catalog ({printable(str(folder))})")
+    print(tables_of(results))
 
 
 if __name__ == "__main__":
