@@ -10,10 +10,8 @@ Reads the metrics that each stage of run.sh left in `output_dir` and the seconds
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.hf_argparser import HfArg
-
 from minionerec.common.files import read_json, require_file, write_json
-from minionerec.common.options import run
+from minionerec.common.options import option, run
 from minionerec.evaluation.metrics import format_table
 
 FILES = {
@@ -29,7 +27,7 @@ CUTOFFS = (5, 10, 20)
 
 @dataclass
 class Options:
-    output_dir: str = HfArg(help="folder of a finished run of run.sh")
+    output_dir: str = option("", "folder of a finished run of run.sh")
 
 
 def main(options: Options) -> None:
