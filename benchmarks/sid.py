@@ -2,7 +2,7 @@
 
     python -m benchmarks.sid --json True
 
-prints the epochs per second of RQ-VAE's training loop beside the same model in a per-row DataLoader loop; the seconds,
+prints the epochs per second of RQ-VAE's training loop next to the same model in a per-row DataLoader loop; the seconds,
 sizes and cost of a bounded assignment by min-cost flow and by optimal transport; the seconds to resolve collisions of a
 million items. `--part` picks some of these.
 

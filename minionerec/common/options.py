@@ -185,7 +185,7 @@ def run(main: Callable, options_class: type) -> None:
     except KeyboardInterrupt:
         leave_group(130)
         sys.exit(130)
-    except BrokenPipeError:  # `… | head`: nobody reads on
+    except BrokenPipeError:  # `… | head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
