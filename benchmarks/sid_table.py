@@ -3,9 +3,9 @@
     python -m benchmarks.sid_table --data_path a.emb-minilm-td.npy b.emb-minilm-td.npy --output_dir output/sid_table
 
 Trains each quantizer once (seconds: the quantizer's, without imports) and makes its index four times. The RQ-VAEs are
-small ones for a CPU. Codes used, perplexity and errors are those before collisions are resolved; the error after is shown too;
-`rec.` is the quantizer's own error and `fitted` that of each code's mean residual (`rq.sid_report`). Finished runs in
---output_dir are skipped, and have no seconds then.
+small ones for a CPU. Codes used, perplexity and errors are those before collisions are resolved; the error after it is
+shown too. `rec.` is the quantizer's own error and `fitted` that of each code's mean residual (`rq.sid_report`).
+Finished runs in --output_dir are skipped, and have no seconds then.
 """
 
 import contextlib
