@@ -1,45 +1,200 @@
-"""The table of a run: what its stages measured on the test rows, side by side.
+"""The table of a run of run.sh: what its stages measured on the test rows, side by side.
 
     python report.py --output_dir output/quickstart
 
-Reads the metrics that each stage of run.sh left in `output_dir` and the seconds in `output_dir/stages`; writes
-`results.json`: `{"popularity": {"HR@5": …}, "markov": …, "sasrec": …, "gru4rec": …, "sft": …, "rl": …, "seconds":
-{stage: …}}`, by item over the full catalog, and prints it.
+Reads what the stages left in `output_dir`: metrics (`<model>/metrics.json`, `<model>.metrics.json`), ranks beside them,
+and the seconds in the records of runs. Writes `results.json` there and prints it:
+
+    {"<model>": {"HR@5": …, …}, …,                                   all items, by item
+     "unseen": {"<model>": {"HR@5": …, …}, …},                       without the items that the user already has
+     "headline": "all" | "unseen", "baseline": "<model>",            the protocol to quote, and its best baseline
+     "intervals": {"<model>": {"NDCG@10": [low, high], …}, …},       95 %, of the headline protocol
+     "differences": {"<model>": {"NDCG@10": [mean, low, high], …}},  to that baseline, on the same rows
+     "seconds": {"<stage>": …}}
 """
 
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from minionerec.common.files import read_json, require_file, write_json
-from minionerec.common.options import option, run
-from minionerec.evaluation.metrics import format_table
+from minionerec.common import runs
+from minionerec.common.errors import UserError
+from minionerec.common.files import read_json, write_json
+from minionerec.common.options import INPUT, StageOptions, option, run
+from minionerec.common.text import printable
 
-FILES = {
-    "popularity": "popularity/metrics.json",
-    "markov": "markov/metrics.json",
-    "sasrec": "sasrec/metrics.json",
-    "gru4rec": "gru4rec/metrics.json",
-    "sft": "sft.metrics.json",
-    "rl": "rl.metrics.json",
-}
+BASELINES = ("popularity", "markov", "sasrec", "gru4rec", "caser")
+ORDER = (*BASELINES, "sft", "rl")  # other models follow, by name
 CUTOFFS = (5, 10, 20)
+COMPARED = ("HR@10", "NDCG@10")
+PROTOCOLS = {"all": "all items", "unseen": "unseen items (the user's earlier items leave the ranking)"}
+NOT_MODELS = ("unseen", "headline", "baseline", "intervals", "differences", "seconds")  # keys of results.json
 
 
 @dataclass
-class Options:
-    output_dir: str = option("", "folder of a finished run of run.sh")
+class Options(StageOptions):
+    output_dir: str = option("", "folder of a run of run.sh", role=INPUT)
+    seed: int = option(42, "seed of the paired bootstrap")
+
+
+# ------------------------------------------------------------------------------------------------ what is found
+
+
+def moved_aside(path: Path) -> bool:
+    """Whether a path belongs to an older result that `--overwrite` has renamed to NAME.1."""
+    return any(re.search(r"\.\d+$", part) for part in path.parts)
+
+
+def find(folder: Path, pattern: str) -> dict[str, Path]:
+    """{model: file} for `<model>/<pattern>` and `<model>.<pattern>`."""
+    found = {path.parent.name: path for path in folder.glob(f"*/{pattern}")}
+    found |= {path.name.removesuffix(f".{pattern}"): path for path in folder.glob(f"*.{pattern}")}
+    return {name: path for name, path in found.items() if not moved_aside(path.relative_to(folder))}
+
+
+def read_metrics(folder: Path) -> dict[str, dict]:
+    """{model: content of its metrics.json}, baselines first."""
+    metrics = {name: read_json(path, "output_dir") for name, path in find(folder, "metrics.json").items()}
+    metrics = {name: content for name, content in metrics.items() if isinstance(content.get("item"), dict)}
+    if not metrics:
+        raise UserError(f"{folder}: found no metrics of a model, expected files like sft.metrics.json; run run.sh")
+    place = {name: number for number, name in enumerate(ORDER)}
+    return {name: metrics[name] for name in sorted(metrics, key=lambda name: (place.get(name, len(ORDER)), name))}
+
+
+def read_seconds(folder: Path) -> dict[str, float]:
+    """{stage: seconds} of the finished runs, in the order in which they began.
+
+    A stage that ran once is its record's stage; one that ran several times is the name of the model's folder, or the
+    name before .run.json and the stage (`sft_evaluate`).
+    """
+    paths = [
+        path for depth in ("", "*/") for name in (runs.RECORD, f"*.{runs.RECORD}") for path in folder.glob(depth + name)
+    ]
+    records = [(path, runs.read_record(path)) for path in paths if not moved_aside(path.relative_to(folder))]
+    records = [(path, record) for path, record in records if record.get("complete")]
+    records.sort(key=lambda pair: pair[1]["started"])
+    times = Counter(record["stage"] for _, record in records)
+
+    def name(path: Path, stage: str) -> str:
+        if times[stage] == 1:
+            return stage
+        return path.parent.name if path.name == runs.RECORD else f"{path.name.removesuffix(f'.{runs.RECORD}')}_{stage}"
+
+    return {name(path, record["stage"]): record["seconds"] for path, record in records}
+
+
+def read_ranks(folder: Path, protocol: str) -> dict:
+    """{model: ranks by item (rows,)} of the models that have stored them."""
+    import numpy as np
+
+    ranks = {}
+    for name, path in find(folder, "ranks.npz").items():
+        with np.load(path, allow_pickle=False) as content:
+            if f"{protocol}_item" in content:
+                ranks[name] = content[f"{protocol}_item"]
+    return ranks
+
+
+# ------------------------------------------------------------------------------------------------ the results
+
+
+def rows_of(metrics: Mapping[str, dict], protocol: str) -> dict[str, dict[str, float]]:
+    """{model: metrics by item} under a protocol, at the cutoffs that every model has."""
+    found = {name: content if protocol == "all" else content.get("unseen") for name, content in metrics.items()}
+    tables = {name: content["item"] for name, content in found.items() if content}
+    names = [f"{metric}@{k}" for metric in ("HR", "NDCG") for k in CUTOFFS]
+    names = [name for name in names if all(name in table for table in tables.values())]
+    return {model: {name: table[name] for name in names} for model, table in tables.items()}
+
+
+def headline_of(metrics: Mapping[str, dict]) -> str:
+    """`unseen` where every model has that protocol and one has chosen it from train, else `all`."""
+    has_both = all("unseen" in content for content in metrics.values())
+    return "unseen" if has_both and any(m["headline"] == "unseen" for m in metrics.values()) else "all"
+
+
+def compare(ranks: Mapping, baseline: str, seed: int) -> dict[str, dict[str, list[float]]]:
+    """{model: {metric: [mean, low, high]}} of the differences to `baseline` on the same rows."""
+    from minionerec.evaluation.metrics import interval_of_mean, values_of
+
+    if baseline not in ranks:
+        return {}
+    reference, result = values_of(ranks[baseline], [10]), {}
+    for model, own in ranks.items():
+        if model != baseline and len(own) == len(ranks[baseline]):
+            values = values_of(own, [10])
+            differences = {name: values[name].astype(float) - reference[name] for name in COMPARED}
+            result[model] = {name: [float(d.mean()), *interval_of_mean(d, seed)] for name, d in differences.items()}
+    return result
+
+
+def results_of(folder: Path, seed: int) -> dict:
+    """The content of results.json."""
+    metrics = read_metrics(folder)
+    headline = headline_of(metrics)
+    tables = {protocol: rows_of(metrics, protocol) for protocol in PROTOCOLS}
+    best = [name for name in tables[headline] if name in BASELINES and "NDCG@10" in tables[headline][name]]
+    baseline = max(best, key=lambda name: tables[headline][name]["NDCG@10"], default="")
+    content = {name: m if headline == "all" else m["unseen"] for name, m in metrics.items()}
+    intervals = {
+        name: {metric: own["intervals"][metric] for metric in COMPARED if metric in own.get("intervals", {})}
+        for name, own in content.items()
+    }
+    return tables["all"] | {
+        "unseen": tables["unseen"],
+        "headline": headline,
+        "baseline": baseline,
+        "intervals": intervals,
+        "differences": compare(read_ranks(folder, headline), baseline, seed),
+        "seconds": read_seconds(folder),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def tables_of(results: dict) -> str:
+    """The results as text: a table for each protocol, the headline first, with intervals and differences."""
+    from minionerec.evaluation.metrics import format_table
+
+    tables = {"all": {name: row for name, row in results.items() if name not in NOT_MODELS}}
+    tables |= {"unseen": results["unseen"]} if results["unseen"] else {}
+    parts = []
+    for protocol, rows in sorted(tables.items(), key=lambda pair: pair[0] != results["headline"]):
+        cutoffs = [k for k in CUTOFFS if f"HR@{k}" in next(iter(rows.values()))]
+        lines = format_table(rows, cutoffs).split("\n")
+        if protocol == results["headline"]:
+            lines = [line + cell for line, cell in zip(lines, cells(results, rows), strict=True)]
+        parts.append("\n".join([PROTOCOLS[protocol], *lines]))
+    if results["differences"]:
+        parts.append("Intervals are 95 %. ~ marks a difference within its interval, on the same test rows.")
+    return "\n\n".join(parts)
+
+
+def cells(results: dict, models: Iterable[str]) -> list[str]:
+    """Of NDCG@10 the interval and the difference to the best baseline: a header, then a cell for each model."""
+    compared = results["differences"]
+    found = [f"{'interval of NDCG@10':>23}" + (f"   NDCG@10 − {results['baseline']}'s" if compared else "")]
+    for model in models:
+        interval = results["intervals"][model].get("NDCG@10")
+        cell = f"{interval[0]:>14.4f} – {interval[1]:.4f}" if interval else " " * 23
+        if model in compared:
+            mean, low, high = compared[model]["NDCG@10"]
+            cell += f"   {'~' if low <= 0 <= high else ' '}{mean:+.4f} ({low:+.4f} to {high:+.4f})"
+        found.append(cell)
+    return found
 
 
 def main(options: Options) -> None:
-    folder = require_file(options.output_dir, "output_dir")
-    rows = {name: read_json(folder / file, "output_dir")["item"] for name, file in FILES.items()}
-    names = [f"{metric}@{k}" for metric in ("HR", "NDCG") for k in CUTOFFS]
-    results = {model: {name: row[name] for name in names} for model, row in rows.items()}
-    marks = sorted(Path(folder, "stages").glob("*.done"), key=lambda path: path.stat().st_mtime_ns)
-    results["seconds"] = {path.stem: int(path.read_text(encoding="utf-8").split("\n", 1)[0]) for path in marks}
+    options.require("output_dir")
+    folder = Path(options.output_dir)
+    results = results_of(folder, options.seed)
     write_json(folder / "results.json", results)
-    print(f"test rows, by item, full catalog ({folder})")
-    print(format_table({model: results[model] for model in FILES}, CUTOFFS))
+    print(f"test rows, by item, full catalog ({printable(str(folder))})")
+    print(tables_of(results))
 
 
 if __name__ == "__main__":

@@ -82,15 +82,20 @@ def ranks_of_scores(scores: np.ndarray, targets: Sequence[int]) -> np.ndarray:
 
 def table(ranks: np.ndarray, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:
     """`{"HR@1": …, "NDCG@1": …, …, "MRR": …}`, means over rows, each in [0, 1]."""
+    return {name: float(values.mean()) for name, values in values_of(ranks, cutoffs).items()}
+
+
+def values_of(ranks: np.ndarray, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, np.ndarray]:
+    """The metrics of each row, (rows,) each: `table` has their means."""
     ranks = np.asarray(ranks)
     with np.errstate(over="ignore"):
         gain = np.where(ranks == MISSED, 0.0, 1.0 / np.log2(np.minimum(ranks, 2**40) + 2.0))
         reciprocal = np.where(ranks == MISSED, 0.0, 1.0 / (np.minimum(ranks, 2**40) + 1.0))
     result = {}
     for k in cutoffs:
-        result[f"HR@{k}"] = float((ranks < k).mean())
-        result[f"NDCG@{k}"] = float((gain * (ranks < k)).mean())
-    return result | {"MRR": float(reciprocal.mean())}
+        result[f"HR@{k}"] = ranks < k
+        result[f"NDCG@{k}"] = gain * (ranks < k)
+    return result | {"MRR": reciprocal}
 
 
 def bootstrap(ranks: np.ndarray, seed: int, cutoffs: Sequence[int] = CUTOFFS, rounds: int = 1000) -> dict[str, list]:
@@ -104,6 +109,16 @@ def bootstrap(ranks: np.ndarray, seed: int, cutoffs: Sequence[int] = CUTOFFS, ro
         name: [float(x) for x in np.percentile(drawn @ np.array([v[name] for v in values]), [2.5, 97.5])]
         for name in values[0]
     }
+
+
+def interval_of_mean(values: np.ndarray, seed: int, rounds: int = 1000) -> list[float]:
+    """95 % percentile interval of the mean of `values` (rows,) over rows drawn with replacement.
+
+    Of the difference of two models' `values_of` on the same rows, it is the paired interval.
+    """
+    distinct, counts = np.unique(values, return_counts=True)  # equal values are interchangeable
+    drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=rounds) / len(values)
+    return [float(x) for x in np.percentile(drawn @ distinct, [2.5, 97.5])]
 
 
 def format_table(rows: dict[str, dict[str, float]], cutoffs: Sequence[int]) -> str:
