@@ -2,7 +2,7 @@
 
     BASE_MODEL=output/sft TEST_DATA_PATH=D/test/X.csv INFO_FILE=D/info/X.txt TRAIN_FILE=D/train/X.csv bash evaluate.sh
 
-Writes `result_json_data` (each test row with its lists of SIDs, items, titles and scores) and, beside it, the same as
+Writes `result_json_data` (each test row with its lists of SIDs, items, titles and scores) and, next to it, the same as
 .parquet, the metrics as .metrics.json and the ranks of the targets as .ranks.npz. Two protocols come from one run: with
 all items, and without those that the user already has (minionerec/evaluation/protocols.py).
 

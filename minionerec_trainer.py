@@ -14,6 +14,7 @@ Rewards, advantages, losses, KL, reference model and logging are TRL's. What dif
    (`num_iterations`), and the moved reference of `sync_ref_model` are restored.
 """
 
+import copy
 import math
 import time
 import types
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, maybe_gather_lm_head_ctx, split_tensor_dict
@@ -58,9 +60,10 @@ def keep_target_first(rows: torch.Tensor, targets: torch.Tensor, size: int) -> t
 
 
 def turn_off_dropout(model) -> None:
-    """Make `model.train()` set only the model itself to training mode, and every module inside to evaluation mode.
+    """Make `model.train()` keep every module inside the model in evaluation mode; only the model itself is in training mode.
 
-    Layers whose activations are recomputed (gradient checkpointing) need training mode; their own rates are set to 0.
+    Layers that recompute their activations (gradient checkpointing) need training mode, so their own rates are set to 0,
+    also in the config that they read; the model's config is unchanged.
     """
 
     def train(self, mode: bool = True):
@@ -70,10 +73,17 @@ def turn_off_dropout(model) -> None:
                 module.training = mode
         return self
 
-    for module in model.modules():
-        for name, value in vars(module).items():
+    def without_rates(owner):
+        for name, value in vars(owner).items():
             if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+                setattr(owner, name, 0.0)
+        return owner
+
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            without_rates(layer)
+            if "config" in vars(layer):
+                layer.config = without_rates(copy.copy(layer.config))
     model.train = types.MethodType(train, model)
     model.train(model.training)
 

@@ -110,7 +110,7 @@ class Options(StageOptions):
     lora_dropout: float = option(0.0, "accepted as in sft.py, without effect: dropout is off in RL", role=RUNTIME)
     lora_target_modules: str = option("all-linear", "q_proj,v_proj,… or all-linear: all but the LM head")
     # ---- evaluation and logging
-    eval_step: float = option(0.1, "evaluate and save every so many steps; below 1: share of all steps")
+    eval_step: float = option(0.1, "steps between evaluations, which also save; below 1: share of all steps")
     eval_beams: int = option(20, "beams of evaluation and of --test_during_training", aliases=["--test_beam"])
     eval_batch_size: int = option(32, "prompts per search in evaluation, per process", role=RUNTIME)
     metric_for_best_model: str = option("", "HR@K or NDCG@K; default: NDCG@10, or @eval_beams if that is less")

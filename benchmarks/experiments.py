@@ -15,7 +15,7 @@ of valid and test are scored (default: all):
       both: {stage: rl, start: sft, baseline: gru, env: {REWARD_TYPE: "rule,sasrec"}}
 
 The stages skip what is finished, so a killed command continues, and a changed plan trains only what it changes. Settings
-are compared by valid NDCG@10. Test figures are printed beside it; choosing by them would be choosing on test. Scores are
+are compared by valid NDCG@10. Test figures are printed next to it; choosing by them would be choosing on test. Scores are
 by item, with 50 beams. The second table compares each RL run with the start of the same seed, row by row.
 """
 
@@ -216,7 +216,7 @@ class Experiments:
 
     @functools.cache  # noqa: B019 an object lives as long as the process
     def gains(self, name: str, seed: int, split: str) -> np.ndarray:
-        """(rows, METRICS): the metrics of each row by itself, by item."""
+        """(rows, METRICS): the metrics of each single row, by item."""
         with np.load(self.place(name, seed) / f"{split}.ranks.npz") as arrays:
             distinct, inverse = np.unique(arrays["all_item"], return_inverse=True)
         return np.array([list(metrics.table(np.array([rank])).values()) for rank in distinct])[inverse]

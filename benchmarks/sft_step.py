@@ -141,7 +141,7 @@ def main(options: Options) -> None:
     ratios = {"time_ratio": time_of["plain"] / time_of["ours"], "memory_ratio": peak_of["ours"] / peak_of["plain"]}
     print(f"ours is {ratios['time_ratio']:.1f} times as fast, with {ratios['memory_ratio']:.2f} of the memory")
     needed = (peak_of["ours"] - ours["before"]) / 2**30
-    print(f"ours needed {needed:.2f} GiB beside the process; estimated were {ours['estimate'] / 2**30:.2f}")
+    print(f"ours needed {needed:.2f} GiB in addition to the process; the estimate was {ours['estimate'] / 2**30:.2f}")
     if options.json:
         print(json.dumps({name: round(value, 3) for name, value in ratios.items()}))
 

@@ -1,11 +1,11 @@
-"""Every quantizer with every way to treat collisions, on any embeddings: one table each, in Markdown.
+"""Every quantizer with every way to resolve collisions, on any embeddings: one Markdown table per file of embeddings.
 
     python -m benchmarks.sid_table --data_path a.emb-minilm-td.npy b.emb-minilm-td.npy --output_dir output/sid_table
 
-Trains each quantizer once (seconds: the quantizer's, reading and imports left out) and makes its index four times.
-The RQ-VAEs are small ones for a CPU. Codes used, perplexity and errors are those before collisions are treated, beside
-the error after; `rec.` is the quantizer's own error and `fitted` that of each code's mean residual (`rq.sid_report`).
-What was made before in --output_dir is not made again, and has no seconds then.
+Trains each quantizer once (seconds: the quantizer's, without imports) and makes its index four times. The RQ-VAEs are
+small ones for a CPU. Codes used, perplexity and errors are those before collisions are resolved; the error after it is
+shown too. `rec.` is the quantizer's own error and `fitted` that of each code's mean residual (`rq.sid_report`).
+Finished runs in --output_dir are skipped, and have no seconds then.
 """
 
 import contextlib
@@ -15,25 +15,24 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.hf_argparser import HfArg
-
 from minionerec.common.errors import UserError
-from minionerec.common.options import run
+from minionerec.common.options import INPUT, OUTPUT, option, run
 from rq import generate_indices, rqkmeans_constrained, rqkmeans_faiss, rqkmeans_plus, rqvae
 from rq.collisions import MODES
 
-SMALL = {"layers": [256], "batch_size": 512, "eval_step": 20, "warmup_epochs": 5}
-SMALL |= {"lr_scheduler_type": "linear", "device": "cpu", "save_limit": 0}
+SMALL = {"batch_size": 512, "eval_step": 20, "warmup_epochs": 5}
+SMALL |= {"lr_scheduler_type": "linear", "device": "cpu", "save_limit": 0, "overwrite": True}
 
 
 @dataclass
 class Options:
-    data_path: list[str] = HfArg(default_factory=list, help="one or more <D>.emb-<plm>-td.npy")
-    output_dir: str = HfArg(default="output/sid_table", help="folder for checkpoints and indexes")
-    k: int = HfArg(default=256, help="codes of a level")
-    l: int = HfArg(default=3, help="levels")  # noqa: E741 (the published name)
-    epochs: int = HfArg(default=60, help="of RQ-VAE and RQ-KMeans+")
-    seed: int = HfArg(default=42, help="of every quantizer")
+    data_path: list[str] = option([], "one or more <D>.emb-<plm>-td.npy", role=INPUT)
+    output_dir: str = option("output/sid_table", "folder for checkpoints and indexes", role=OUTPUT)
+    k: int = option(256, "codes per level")
+    l: int = option(3, "levels")  # noqa: E741 (the published name)
+    layers: list[int] = option([256], "RQ-VAE, RQ-KMeans+: hidden sizes")
+    epochs: int = option(60, "RQ-VAE, RQ-KMeans+: epochs")
+    seed: int = option(42, "seed of every quantizer")
 
     def __post_init__(self):
         if not self.data_path:
@@ -45,7 +44,7 @@ def kmeans(script, method: str, name: str):
         script.main(
             script.Options(
                 data_path=data, output_file=str(folder / f"{name}.index.json"), k=o.k, l=o.l, seed=o.seed,
-                collision="none", **more,
+                collision="none", overwrite=True, **more,
             )
         )  # fmt: skip
         return folder / f"{name}.codebooks_{method}.npz"
@@ -56,7 +55,7 @@ def kmeans(script, method: str, name: str):
 def make_rqvae(o: Options, data: str, folder: Path, balanced: bool) -> Path:
     checkpoint = folder / ("rqvae_sinkhorn" if balanced else "rqvae")
     sk = {"sk_epsilons": [0.01] * o.l, "sk_iters": 30} if balanced else {}
-    options = SMALL | {"ckpt_dir": str(checkpoint), "num_emb_list": [o.k] * o.l, "lr": 3e-3, **sk}
+    options = SMALL | {"ckpt_dir": str(checkpoint), "layers": o.layers, "num_emb_list": [o.k] * o.l, "lr": 3e-3, **sk}
     options["quant_loss_weight"] = 0.1
     rqvae.main(rqvae.Options(data_path=data, epochs=o.epochs, seed=o.seed, **options))
     return checkpoint
@@ -64,7 +63,12 @@ def make_rqvae(o: Options, data: str, folder: Path, balanced: bool) -> Path:
 
 def make_plus(o: Options, data: str, folder: Path) -> Path:
     books = folder / "constrained.codebooks_constrained.npz"
-    options = SMALL | {"ckpt_dir": str(folder / "plus"), "pretrained_codebook_path": str(books), "lr": 1e-3}
+    options = SMALL | {
+        "ckpt_dir": str(folder / "plus"),
+        "layers": o.layers,
+        "pretrained_codebook_path": str(books),
+        "lr": 1e-3,
+    }
     rqkmeans_plus.main(rqkmeans_plus.Options(data_path=data, epochs=o.epochs, seed=o.seed, collision="none", **options))
     return folder / "plus"
 
@@ -104,14 +108,15 @@ def main(options: Options) -> None:
             with contextlib.redirect_stdout(said):
                 checkpoint = make(options, data, folder)
             seconds = time.perf_counter() - begin
-            seconds = None if "made before" in said.getvalue() or "nothing to do" in said.getvalue() else seconds
+            seconds = None if "nothing to do" in said.getvalue() else seconds
             for mode in MODES:
                 output = folder / f"{checkpoint.name.split('.')[0]}-{mode}.index.json"
                 indexing = {"ckpt_path": str(checkpoint), "data_path": data, "output_file": str(output)}
+                indexing |= {"collision": mode, "device": "cpu", "overwrite": True}
                 report, error = None, ""
                 try:
                     with contextlib.redirect_stdout(io.StringIO()):
-                        generate_indices.main(generate_indices.Options(**indexing, collision=mode, device="cpu"))
+                        generate_indices.main(generate_indices.Options(**indexing))
                     report = json.loads(output.with_suffix(".quality.json").read_text())
                 except UserError as refused:
                     error = str(refused).split(";")[0]

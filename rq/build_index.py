@@ -24,7 +24,7 @@ def build_index(
     codes: np.ndarray | None = None,
     batch_size: int = 20480,
 ) -> dict:
-    """Write the index of embeddings (items, dim) to `output`, and its report beside it; returns the report.
+    """Write the index of embeddings (items, dim) to `output`, and its report next to it; returns the report.
 
     `codes` (items, levels) replace the nearest codes of `model`, which is on the device of `embeddings`.
     Raises `UserError` where the model gives NaN or Inf.

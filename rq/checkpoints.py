@@ -29,7 +29,7 @@ def save_model(model: RQVAE, folder: Path, names: Sequence[str]) -> None:
 
 
 def load_model(path: str | Path, flag: str = "ckpt_path") -> ResidualModel:
-    """The model in `path`, on the CPU: weights beside their config.json, or codebooks (.npz).
+    """The model in `path`, on the CPU: weights next to their config.json, or codebooks (.npz).
 
     A folder means its best_collision.safetensors. Raises `UserError` where weights or config.json are missing, broken,
     not finite, of another architecture, or of an unfinished training.

@@ -44,7 +44,7 @@ def embeddings_of(dataset: str, root: str) -> Path:
 
 
 def report_path(index: str | Path) -> Path:
-    """Where the quality report of an index goes; its picture is beside it, with the suffix .png."""
+    """Where the quality report of an index goes; its picture is next to it, with the suffix .png."""
     return Path(index).with_suffix(".quality.json")
 
 
@@ -76,7 +76,7 @@ def weights_file(path: str | Path, flag: str = "ckpt_path") -> Path:
 
 
 def read_config(weights: str | Path, flag: str = "ckpt_path") -> dict:
-    """config.json beside `weights`: {"architecture": one of `ARCHITECTURES`, "model": the arguments of its constructor}.
+    """config.json next to `weights`: {"architecture": one of `ARCHITECTURES`, "model": the arguments of its constructor}.
 
     Raises `UserError` where the architecture is unknown, or the model's `in_dim` or `num_emb_list` is no such thing.
     """

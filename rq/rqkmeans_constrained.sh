@@ -4,7 +4,7 @@
 #     DATASET=<D> ROOT=<folder> bash rq/rqkmeans_constrained.sh
 #     DATA_PATH=<D>.emb-<plm>-td.npy bash rq/rqkmeans_constrained.sh
 #
-# Reads the embeddings, ROOT/<D>.emb-*-td.npy or DATA_PATH. Writes <D>.index.json beside them (OUTPUT_FILE), its quality
+# Reads the embeddings, ROOT/<D>.emb-*-td.npy or DATA_PATH. Writes <D>.index.json next to them (OUTPUT_FILE), its quality
 # report, and <D>.codebooks_constrained.npz (CODEBOOK_PATH). Re-running skips what is finished. An empty value below is the
 # script's default; any other option can be set too, as a variable (VERBOSE=True) or an argument (--verbose True).
 source "$(dirname "${BASH_SOURCE[0]}")/../shell/launcher.sh"

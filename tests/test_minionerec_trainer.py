@@ -1,4 +1,9 @@
-"""ReReTrainer: shared-prompt log-probabilities equal TRL's row-by-row ones, groups stay whole, targets stay put."""
+"""ReReTrainer against TRL's row-by-row GRPO and against brute force.
+
+Guarded: log-probabilities, entropies and gradients with a shared prompt equal those of plain rows, in both spaces; groups
+are the beams or samples of their own prompt and stay together; each row's reward sees its own target and catalog rows;
+groups without a signal leave loss and KL; dropout is off; a resumed run repeats the unbroken one; every loss learns.
+"""
 
 import copy
 from types import SimpleNamespace
@@ -8,19 +13,29 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    GPT2Config,
+    OPTConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from data import Prompts, next_sid_prompts, read_sequences, rl_rows
 from minionerec.catalog.catalog import Catalog
 from minionerec.catalog.sids import split_sid
+from minionerec.common.errors import UserError
 from minionerec.decoding.beam_search import beam_search, left_pad
-from minionerec.decoding.tree_attention import branch_mask_and_positions, positions
+from minionerec.decoding.group_log_probs import run_lengths_gcd
 from minionerec.rewards.functions import rule
 from minionerec.rewards.registry import reward_functions
-from minionerec_trainer import ReReTrainer, keep_target_first, run_lengths_gcd
+from minionerec_trainer import EpochSampler, ReReTrainer, keep_target_first, turn_off_dropout
 
-OURS = ("add_gt", "test_beam", "validation", "eval_beams", "logp_space", "beams", "dynamic_sampling", "mask_all_zero")
+OURS = ("add_gt", "test_beams", "validation", "eval_beams", "space", "beams", "dynamic_sampling", "mask_all_zero")
 
 
 def make_trainer(policy, world, folder, rewards=None, rows=None, trainer=ReReTrainer, **kwargs):
@@ -49,7 +64,7 @@ def make_trainer(policy, world, folder, rewards=None, rows=None, trainer=ReReTra
     return trainer(
         model=model,
         processing_class=policy.tokenizer,
-        reward_funcs=rewards or reward_functions("ranking", 4),
+        reward_funcs=rewards or reward_functions("ranking", 4, policy.catalog),
         args=GRPOConfig(**(settings | kwargs)),
         train_dataset=Dataset.from_dict(columns),
         catalog=policy.catalog,
@@ -68,6 +83,9 @@ def batch_of(policy, prompts, group, seed=0):
     completion_mask[1::3, -1] = 0  # some completions are shorter
     sids = pad_sequence(sids, batch_first=True, padding_value=policy.tokenizer.pad_token_id)
     return torch.cat([ids, sids], 1), torch.cat([mask, completion_mask], 1), completion_mask.bool()
+
+
+# ------------------------------------------------------------------------------------------------ log-probabilities
 
 
 PROMPTS = ["Next ID after these toys:\n<a_0><b_1><c_2>\nAnswer:\n", "x\nAnswer:\n", "<a_1>"]
@@ -173,7 +191,7 @@ def test_catalog_log_probs_and_gradients_equal_brute_force(policy, world, tmp_pa
         )
         assert {len(split_sid(sid)) for sid in catalog.sids} == {2, 3}
     policy = SimpleNamespace(**vars(policy) | {"catalog": catalog})
-    trainer = make_trainer(policy, world, tmp_path, logp_space="catalog", bf16=False, **settings)
+    trainer = make_trainer(policy, world, tmp_path, space="catalog", bf16=False, **settings)
     if "peft_config" in settings:
         train_adapters(trainer)
     trainer.model.double().train()
@@ -225,31 +243,6 @@ def test_chunks_and_torn_groups_give_the_same(policy, world, tmp_path, batch_siz
     torch.testing.assert_close(torn[kept[order]], whole[order][kept[order]], atol=1e-4, rtol=0)
 
 
-def test_run_lengths():
-    rows = torch.tensor([[1], [1], [1], [1], [2], [2]])
-    assert run_lengths_gcd(rows) == 2 and run_lengths_gcd(rows[:4]) == 4 and run_lengths_gcd(rows[3:]) == 1
-
-
-def test_branches_see_their_prompt_and_themselves_alone():
-    trunk = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    mask, position_ids = branch_mask_and_positions(trunk, branches=2, length=2, dtype=torch.float32)
-    visible = mask[:, 0] == 0
-    assert position_ids.tolist() == [[0, 0, 1, 2, 3, 2, 3], [0, 1, 2, 3, 4, 3, 4]]
-    assert visible[0, 3].tolist() == [False, True, True, True, False, False, False]
-    assert visible[0, 6].tolist() == [False, True, True, False, False, True, True]
-    assert visible[0, 0].tolist() == [True] + [False] * 6  # padding sees itself, so its softmax is defined
-    assert positions(trunk).tolist() == [[0, 0, 1], [0, 1, 2]]
-
-
-def test_training_moves_parameters_and_logs(policy, world, tmp_path):
-    trainer = make_trainer(policy, world, tmp_path, test_beam=6)
-    before = copy.deepcopy(trainer.model.state_dict())
-    trainer.train()
-    assert any(not torch.equal(before[n], p) for n, p in trainer.model.state_dict().items())
-    logged = {key for entry in trainer.state.log_history for key in entry}
-    assert {"rewards/rule/mean", "rewards/ndcg/mean", "group/HR@4", "test/HR@6", "kl"} <= logged
-
-
 @pytest.mark.parametrize("space", ["vocab", "catalog"])
 def test_a_mixture_of_experts_trains(policy, world, tmp_path, space):
     """Without the load-balancing loss, which TRL would add and transformers cannot compute under a tree mask."""
@@ -264,10 +257,13 @@ def test_a_mixture_of_experts_trains(policy, world, tmp_path, space):
     )
     torch.manual_seed(0)
     experts = SimpleNamespace(**(vars(policy) | {"model": Qwen2MoeForCausalLM(config)}))
-    trainer = make_trainer(experts, world, tmp_path, logp_space=space, add_gt=True)
+    trainer = make_trainer(experts, world, tmp_path, space=space, add_gt=True)
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
     assert any(not torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------ groups
 
 
 def test_groups_are_beams_and_rows_keep_their_own_target(policy, world, tmp_path):
@@ -278,16 +274,17 @@ def test_groups_are_beams_and_rows_keep_their_own_target(policy, world, tmp_path
     rows["prompt"] = ["the same prompt"] * len(rows["prompt"])
     seen, calls = [], []
 
-    def spy(prompts, completions, target_sid, target_item, **_):
+    def spy(prompts, completions, row, target_row, target_sid, target_item, **_):
         calls.append({target_item[start] for start in range(0, len(completions), 4)})
         for start in range(0, len(completions), 4):
             group = slice(start, start + 4)
             assert len(set(prompts[group])) == 1 and len(set(target_item[group])) == 1
             assert len(set(completions[group])) == 4
-            assert all(c in policy.catalog.row_of_sid for c in completions[group])
+            assert [policy.catalog.sids[r] for r in row[group]] == completions[group]
+            assert [policy.catalog.sids[r] for r in target_row[group]] == target_sid[group]
             assert all(items.sids[i] == s for i, s in zip(target_item[group], target_sid[group], strict=True))
             seen.append(target_item[start])
-        return rule(completions=completions, target_sid=target_sid)
+        return rule(row, target_row)
 
     make_trainer(policy, world, tmp_path, rewards=[spy], rows=rows, max_steps=5).train()
     assert len(seen) == 10 and len(set(seen)) > 3
@@ -297,8 +294,8 @@ def test_groups_are_beams_and_rows_keep_their_own_target(policy, world, tmp_path
 def test_add_gt_puts_the_target_last_where_it_is_missing(policy, world, tmp_path):
     hits = []
 
-    def spy(completions, target_sid, **_):
-        values = rule(completions=completions, target_sid=target_sid)
+    def spy(completions, row, target_row, **_):
+        values = rule(row, target_row)
         hits.extend(sum(values[i : i + 4]) for i in range(0, len(values), 4))
         assert all(len(set(completions[i : i + 4])) == 4 for i in range(0, len(values), 4))
         return values
@@ -323,26 +320,16 @@ def test_shuffle_keeps_groups_together(policy, world, tmp_path):
     assert len(widths) == 5 and all(width % 4 == 0 for width in widths)
 
 
-def test_evaluation_is_beam_search_on_validation_rows(policy, world, tmp_path):
-    items = policy.items
-    valid = read_sequences(world.valid, items.sids, "eval_file")
-    prompts = next_sid_prompts(valid, items, Prompts())
-    trainer = make_trainer(policy, world, tmp_path, validation=(prompts, valid["target"].to_list()), eval_beams=1000)
-    result = trainer.evaluate()
-    assert result["eval_HR@50"] == 1.0  # all 47 SIDs, so every target is somewhere
-    assert 0 < result["eval_NDCG@10"] < 1
-
-
 def test_groups_are_drawn_in_the_space_of_their_log_probs(policy, world, tmp_path):
     """The score by which beams were ranked is the sum of the log-probabilities that the loss sees."""
     ids, mask = left_pad(policy.tokenizer(PROMPTS)["input_ids"], policy.tokenizer.pad_token_id, "cpu")
     found = {}
     for space in ("vocab", "catalog"):
-        trainer = make_trainer(policy, world, tmp_path, logp_space=space, bf16=False, temperature=0.7)
+        trainer = make_trainer(policy, world, tmp_path, space=space, bf16=False, temperature=0.7)
         beams = beam_search(trainer.model, trainer.trie, ids, mask, 4, 0.7, space=space)
         targets = torch.zeros(len(ids), 1, dtype=torch.long)
         assert torch.equal(trainer._draw(trainer.model, ids, mask, targets), beams.row)
-        completions = torch.tensor([trainer.completion_of_leaf[leaf] for leaf in beams.row.flatten().tolist()])
+        completions = torch.tensor([trainer.completion_of_row[row] for row in beams.row.flatten().tolist()])
         rows = torch.cat([ids.repeat_interleave(4, 0), completions], 1)
         real = torch.cat([mask.repeat_interleave(4, 0), torch.ones_like(completions)], 1)
         with torch.no_grad():
@@ -353,8 +340,8 @@ def test_groups_are_drawn_in_the_space_of_their_log_probs(policy, world, tmp_pat
 
 
 def test_which_of_the_drawn_are_kept():
-    leaf = torch.tensor([[3, 5, 3, 7, 5, 9], [1, 1, 1, 1, 2, 1], [4, 6, 4, 4, 4, 4]])
-    kept = keep_target_first(leaf, torch.tensor([[5], [1], [8]]), 4)
+    drawn = torch.tensor([[3, 5, 3, 7, 5, 9], [1, 1, 1, 1, 2, 1], [4, 6, 4, 4, 4, 4]])
+    kept = keep_target_first(drawn, torch.tensor([[5], [1], [8]]), 4)
     assert kept.tolist() == [[3, 5, 7, 5], [1, 1, 1, 1], [4, 6, 4, 4]]
 
 
@@ -371,13 +358,25 @@ def test_sampled_groups(policy, world, tmp_path, dynamic_sampling):
     assert not torch.equal(groups, trainer._draw(trainer.model, ids, mask, targets))
     assert groups.shape == (3, 8) and (groups == targets).any()
     scores = beam_search(trainer.model, trainer.trie, ids, mask, 1000)
-    for group, leaf, score in zip(groups, scores.row, scores.score, strict=True):
-        place = [leaf.tolist().index(sid) for sid in group.tolist()]
+    for group, ranked, score in zip(groups, scores.row, scores.score, strict=True):
+        place = [ranked.tolist().index(row) for row in group.tolist()]
         assert place == sorted(place) and score.isfinite().all()
     trainer.train()
     logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     assert 1 <= logged["group/distinct"] <= 8 and 0 <= logged["group/dead"] <= 1
     assert min(logged[f"seconds/{part}"] for part in ("generation", "log_probs", "update")) > 0
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+
+def test_training_moves_parameters_and_logs(policy, world, tmp_path):
+    trainer = make_trainer(policy, world, tmp_path, test_beams=6)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert any(not torch.equal(before[n], p) for n, p in trainer.model.state_dict().items())
+    logged = {key for entry in trainer.state.log_history for key in entry}
+    assert {"rewards/rule/mean", "rewards/ndcg/mean", "group/HR@4", "test/HR@6", "kl"} <= logged
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo", "sapo", "luspo", "cispo", "vespo"])
@@ -412,6 +411,30 @@ def test_dead_groups_leave_the_loss(policy, world, tmp_path, loss_type):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("space", ["vocab", "catalog"])
+def test_dead_groups_with_low_log_probs_leave_the_loss_finite(policy, world, tmp_path, space):
+    """exp(0 - old) of a group that is left out would be infinite where an old log-probability is below about -88."""
+
+    def first_group_differs(completions, **_):
+        return [0.0, 1.0, 0.5, 0.0] + [0.1] * 4
+
+    settings = {"mask_all_zero": True, "num_iterations": 2, "beta": 0.0, "max_steps": 4, "space": space}
+    trainer = make_trainer(policy, world, tmp_path, rewards=[first_group_differs], **settings)
+    trainer.model.get_output_embeddings().weight.data.mul_(100)  # the second beam is far below the first
+    losses = []
+    original = ReReTrainer._compute_loss
+
+    def spy(self, model, inputs):
+        assert inputs["old_per_token_logps"].min() < -88
+        losses.append(original(self, model, inputs))
+        return losses[-1]
+
+    trainer._compute_loss = spy.__get__(trainer)
+    trainer.train()
+    assert len(losses) == 4 and all(loss.isfinite() for loss in losses)
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
 def test_a_batch_of_dead_groups_moves_nothing(policy, world, tmp_path):
     def same(completions, **_):
         return [0.1] * len(completions)
@@ -420,6 +443,193 @@ def test_a_batch_of_dead_groups_moves_nothing(policy, world, tmp_path):
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
     assert all(torch.equal(before[n], p) for n, p in trainer.model.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------ what is logged
+
+
+def test_logged_shares_equal_counts_by_hand(policy, world, tmp_path):
+    """Survival of the target's prefixes in the groups, and groups without a signal."""
+    groups = []
+
+    def spy(row, target_row, **_):
+        groups.append((row, target_row))
+        return rule(row, target_row)
+
+    trainer = make_trainer(policy, world, tmp_path, rewards=[spy], max_steps=1)
+    trainer.train()
+    [(row, target_row)] = groups
+    found = [split_sid(policy.catalog.sids[r]) for r in row]
+    targets = [split_sid(policy.catalog.sids[r]) for r in target_row]
+    [logged] = [entry for entry in trainer.state.log_history if "group/prefix_1" in entry]
+    for level in (1, 2, 3):
+        matches = [a[:level] == b[:level] for a, b in zip(found, targets, strict=True)]
+        expected = sum(any(matches[start : start + 4]) for start in range(0, len(row), 4)) / (len(row) // 4)
+        assert logged[f"group/prefix_{level}"] == pytest.approx(expected)
+    signals = [len({r == t for r, t in zip(row[i : i + 4], target_row[i : i + 4], strict=True)}) > 1 for i in (0, 4)]
+    assert logged["group/dead"] == 1 - sum(signals) / 2
+
+
+@pytest.mark.parametrize("space", ["vocab", "catalog"])
+def test_median_of_the_kl(policy, world, tmp_path, space):
+    trainer = make_trainer(policy, world, tmp_path, space=space, bf16=False, max_steps=1)
+    for parameter in trainer.ref_model.parameters():
+        parameter.data.mul_(1.05)
+    terms = []
+    original = ReReTrainer._compute_loss
+
+    def spy(self, model, inputs):
+        loss = original(self, model, inputs)
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        with torch.no_grad():
+            own = self._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].shape[1])[0]
+        apart = inputs["ref_per_token_logps"] - own
+        terms.append((apart.exp() - apart - 1)[inputs["completion_mask"].bool()])
+        return loss
+
+    trainer._compute_loss = spy.__get__(trainer)
+    trainer.train()
+    [logged] = [entry for entry in trainer.state.log_history if "kl_median" in entry]
+    assert logged["kl_median"] == pytest.approx(terms[0].median().item(), rel=1e-4)
+    assert logged["kl"] == pytest.approx(terms[0].mean().item(), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ dropout
+
+LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+WITH_DROPOUT = {  # rates in modules, in plain attributes of layers, and in the config that layers read
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5),
+    "qwen2": Qwen2Config(**LAYERS, num_key_value_heads=2, intermediate_size=32, attention_dropout=0.5),
+    "opt": OPTConfig(**LAYERS, ffn_dim=32, word_embed_proj_dim=32, dropout=0.5, attention_dropout=0.5),
+    "falcon": FalconConfig(**LAYERS, hidden_dropout=0.5, attention_dropout=0.5, alibi=False),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", WITH_DROPOUT)
+def test_dropout_is_off_in_training_mode(architecture, checkpointing):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(WITH_DROPOUT[architecture])
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.arange(24).view(2, 12)
+
+    def logits():
+        return model(input_ids=ids, use_cache=False).logits
+
+    assert not torch.equal(model.train() and logits(), logits())  # this model has dropout
+    turn_off_dropout(model)
+    first = model.train() and logits()
+    assert model.training and torch.equal(first, logits()) and torch.equal(first, model.eval() and logits())
+    recomputed = [layer.training for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
+    model.train()
+    assert not model.training or not any(recomputed)
+    first.sum().backward()
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+    saved = model.config.to_dict()
+    assert any(value == 0.5 for name, value in saved.items() if "drop" in name)  # for a later SFT
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_first_kl_is_zero_with_dropout(policy, world, tmp_path, lora):
+    config = copy.deepcopy(policy.model.config)
+    config.attention_dropout = 0.5
+    model = type(policy.model)(config)
+    model.load_state_dict(policy.model.state_dict())
+    dropping = SimpleNamespace(**vars(policy) | {"model": model})
+    settings = {"peft_config": LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.5)} if lora else {}
+    trainer = make_trainer(dropping, world, tmp_path, rewards=[varied], bf16=False, max_steps=2, **settings)
+    trainer.train()
+    first, second = (entry["kl"] for entry in trainer.state.log_history if "kl" in entry)
+    assert abs(first) < 1e-6 < second
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"save_steps": 5},  # in the middle of the second epoch
+        {"save_steps": 3},  # between two epochs
+        {"save_steps": 5, "num_iterations": 2},  # between two updates on one generation
+        {"save_steps": 5, "num_iterations": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+        {"save_steps": 5, "sync_ref_model": True, "ref_model_sync_steps": 2, "beta": 1.0},
+        {"save_steps": 5, "beams": False, "mask_all_zero": True},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(policy, world, tmp_path, settings):
+    rows = rl_rows(read_sequences(world.train, policy.items.sids, "train_file"), policy.items, Prompts())
+    rows = {name: column[:6] for name, column in rows.items()}  # 3 steps per epoch
+    settings = settings | {"max_steps": 9, "save_strategy": "steps", "bf16": False, "rewards": [varied]}
+    asked = []
+
+    def make(folder):
+        trainer = make_trainer(policy, world, folder, rows=rows, **settings)
+        draw = trainer._generate_single_turn
+
+        def spy(self, prompt_ids, *arguments, **keywords):
+            asked.append((self.state.global_step, self._targets[:: self.num_generations]))
+            return draw(prompt_ids, *arguments, **keywords)
+
+        trainer._generate_single_turn = spy.__get__(trainer)
+        return trainer
+
+    whole = make(tmp_path)
+    whole.train()
+    unbroken, asked[:] = list(asked), []
+    assert len({str(targets) for _, targets in unbroken}) > 3  # another order in each epoch
+    resumed = make(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{settings['save_steps']}"))
+    assert asked == [entry for entry in unbroken if entry[0] >= settings["save_steps"]]
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+    if settings.get("sync_ref_model"):
+        for name, weight in whole.ref_model.state_dict().items():
+            assert torch.equal(weight, resumed.ref_model.state_dict()[name]), name
+
+
+def varied(row, **_):
+    """A reward that differs within most groups, so that each step moves the weights."""
+    return [float(r % 3) for r in row]
+
+
+def test_a_checkpoint_without_the_moved_reference_is_refused(policy, world, tmp_path):
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(policy, world, tmp_path, **settings).train()
+    moving = make_trainer(policy, world, tmp_path, **settings, sync_ref_model=True)
+    with pytest.raises(UserError, match="reference.safetensors: no such file"):
+        moving.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+
+
+def test_the_order_of_an_epoch_is_trls():
+    """Unbroken runs keep the order of TRL's sampler, whose generator goes on from epoch to epoch."""
+    arguments = {"mini_repeat_count": 2, "batch_size": 3, "repeat_count": 2, "seed": 7}
+    theirs, epoch = RepeatSampler(range(10), **arguments), [0]
+    ours = EpochSampler(range(10), **arguments, epoch=lambda: epoch[0])
+    for epoch[0] in range(3):
+        assert list(ours) == list(theirs)
+    epoch[0] = 1
+    theirs = RepeatSampler(range(10), **arguments)
+    assert [list(theirs), list(theirs)][1] == list(ours)
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+def test_evaluation_is_beam_search_on_validation_rows(policy, world, tmp_path):
+    items = policy.items
+    valid = read_sequences(world.valid, items.sids, "eval_file")
+    prompts = next_sid_prompts(valid, items, Prompts())
+    trainer = make_trainer(policy, world, tmp_path, validation=(prompts, valid["target"].to_list()), eval_beams=1000)
+    result = trainer.evaluate()
+    assert result["eval_HR@50"] == 1.0  # all 47 SIDs, so every target is somewhere
+    assert 0 < result["eval_NDCG@10"] < 1
+
+
+# ------------------------------------------------------------------------------------------------ learning
 
 
 def learns_a_known_best_policy(policy, world, tmp_path, **settings):
@@ -446,7 +656,7 @@ def learns_a_known_best_policy(policy, world, tmp_path, **settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"loss_type": "dapo", "beams": False, "dynamic_sampling": True, "logp_space": "catalog"}], ids=str
+    "settings", [{}, {"loss_type": "dapo", "beams": False, "dynamic_sampling": True, "space": "catalog"}], ids=str
 )
 def test_rl_learns_a_known_best_policy(policy, world, tmp_path, settings):
     learns_a_known_best_policy(policy, world, tmp_path, **settings)
@@ -457,7 +667,7 @@ def test_rl_learns_a_known_best_policy(policy, world, tmp_path, settings):
 @pytest.mark.parametrize("mode", [{}, {"beams": False}, {"dynamic_sampling": True, "beams": False}], ids=str)
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo", "gspo"])
 def test_every_loss_and_mode_learns(policy, world, tmp_path, loss_type, mode, space):
-    settings = {"loss_type": loss_type, "logp_space": space, "epsilon_high": 5.0 if loss_type == "cispo" else None}
+    settings = {"loss_type": loss_type, "space": space, "epsilon_high": 5.0 if loss_type == "cispo" else None}
     if loss_type in ("gspo", "luspo"):
         settings |= {"importance_sampling_level": "sequence", "loss_type": loss_type.replace("gspo", "grpo")}
     learns_a_known_best_policy(policy, world, tmp_path, **settings | mode)

@@ -90,7 +90,6 @@ def test_rl_sh_asks_for_the_model_that_its_reward_needs(world, sft_checkpoint, t
         (["sft.py", "--freeze_LLM", "True", "--use_lora", "True"], "exclude each other"),
         (["rl.py", "--num_generations", "many"], "invalid int value"),
         (["convert_dataset.py"], "required"),
-        (["report.py", "--output_dir", "nowhere"], "nowhere: no such file"),
     ],
 )
 def test_errors_are_one_line(arguments, found):
@@ -98,11 +97,6 @@ def test_errors_are_one_line(arguments, found):
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and found in lines[0]
-
-
-def test_debug_shows_the_traceback():
-    done = run_stage("report.py", "--output_dir", "nowhere", "--debug", check=False)
-    assert done.returncode == 2 and "Traceback" in done.stderr
 
 
 def test_groups_that_do_not_fit_a_batch(world, base_model, tmp_path):

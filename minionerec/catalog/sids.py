@@ -22,7 +22,7 @@ SID_TOKEN = re.compile(r"<([a-z]+)_([0-9]+)>")
 MAX_CODES = 2**16  # codes of a level that a tokenizer gains at most
 _CODE = "(?:0|[1-9][0-9]{0,8})"
 _SID = re.compile(rf"(?:<[a-z]+_{_CODE}>)+")
-BARE = ("", "")  # the form of a code alone: its place tells the level
+BARE = ("", "")  # a code without any text: its position gives the level
 _OTHER_TOKEN = re.compile(r"(.*?)([0-9]+)([^0-9]*)", re.DOTALL)  # text before the code, code, text after it
 
 

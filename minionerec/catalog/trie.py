@@ -1,4 +1,4 @@
-"""A token trie as CSR tensors: which tokens may follow a prefix, on the device, for many prefixes at once.
+"""A token trie as CSR tensors: which tokens may follow a prefix, on the device, for many prefixes in one call.
 
 In the manner of "Vectorizing the Trie" (STATIC, arXiv 2602.22647), with the leaves below each node, so that the trie can
 be restricted to some of its sequences without building it again.
@@ -57,7 +57,7 @@ class Trie(NamedTuple):
     def build(cls, sequences: Sequence[Sequence[int]] | np.ndarray) -> "Trie":
         """From distinct, prefix-free token sequences; leaf i is sequence i. Raises `ValueError` otherwise.
 
-        An array (sequences, depth) of ids is taken as it is, -1 after the end of a shorter one.
+        An array (sequences, depth) of ids is used unchanged, -1 after the end of a shorter one.
         """
         tokens = sequences if isinstance(sequences, np.ndarray) else _padded(sequences)
         n, depth = tokens.shape

@@ -21,16 +21,15 @@ Started by a launcher (`shell/launcher.sh`), a script also reads options from en
 """
 
 import argparse
-import copy
 import dataclasses
 import math
 import os
 import sys
 import traceback
+import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from minionerec.common.errors import UserError
 from minionerec.common.files import require_file
@@ -42,7 +41,7 @@ SETTING, INPUT, OUTPUT, RUNTIME = "setting", "input", "output", "runtime"
 def option(default, help: str, *, role: str = SETTING, aliases: Sequence[str] = ()):
     """A dataclass field for one option. A list as `default` makes an option of several values."""
     value = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return HfArg(help=help.replace("%", "%%"), aliases=list(aliases), metadata={"role": role}, **value)
+    return dataclasses.field(metadata={"help": help, "role": role, "aliases": tuple(aliases)}, **value)
 
 
 def role_of(field: dataclasses.Field) -> str:
@@ -91,32 +90,53 @@ class StageOptions:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """One line of names per option: no `--some-name` beside `--some_name`, no empty default."""
+    """One line of names per option, with its type or choices; no empty default."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        names = [name for name in action.option_strings if "-" not in name.removeprefix("--") or len(name) == 2]
+        names = ", ".join(name for name in action.option_strings if "-" not in name[2:])
         if action.nargs == 0:
-            return ", ".join(names)
-        kind = "True|False" if action.const is True else getattr(action.type, "__name__", "")
-        value = "|".join(map(str, action.choices)) if action.choices else kind
-        return f"{', '.join(names)} {value}{' …' * (action.nargs == '+')}"
+            return names
+        kind = "|".join(map(str, action.choices)) if action.choices else action.type.__name__
+        return f"{names} {kind}{' …' * (action.nargs == '+')}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in ("", []) else super()._get_help_string(action)
 
 
-class _Parser(HfArgumentParser):
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{self.prog}: {message}; `{self.prog} --help` lists the options")
 
-    @staticmethod
-    def _parse_dataclass_field(parser, field: dataclasses.Field):
-        plain = copy.copy(field)
-        plain.metadata = {name: value for name, value in field.metadata.items() if name != "role"}  # not for argparse
-        HfArgumentParser._parse_dataclass_field(parser, plain)
-        for action in parser._actions:
-            if action.dest == field.name and action.nargs == 0:
-                action.help = argparse.SUPPRESS  # --no_NAME is the same as --NAME False
+
+def _bool(text: str) -> bool:
+    if text.lower() in ("true", "t", "yes", "y", "1"):
+        return True
+    if text.lower() in ("false", "f", "no", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected True or False")
+
+
+_bool.__name__ = "True|False"  # for --help
+
+
+def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: type) -> None:
+    """Add the option of one field: `--some_name`, `--some-name`, its aliases, and for a true default `--no_some_name`."""
+    names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}", *field.metadata["aliases"]])
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    if types.NoneType in typing.get_args(kind):  # bool | None
+        [kind] = set(typing.get_args(kind)) - {types.NoneType}
+    keywords = {"type": kind}
+    if kind is bool:
+        keywords = {"type": _bool, "nargs": "?", "const": True}
+    elif typing.get_origin(kind) is list:
+        keywords = {"type": typing.get_args(kind)[0], "nargs": "+"}
+    elif typing.get_origin(kind) is typing.Literal:
+        keywords = {"type": str, "choices": typing.get_args(kind)}
+    help = field.metadata["help"].replace("%", "%%")
+    parser.add_argument(*names, dest=field.name, default=default, help=help, **keywords)
+    if default is True:
+        names = dict.fromkeys([f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"])
+        parser.add_argument(*names, dest=field.name, action="store_false", help=argparse.SUPPRESS, default=True)
 
 
 def arguments_from_variables(options_class: type, variables: Mapping[str, str]) -> list[str]:
@@ -138,19 +158,19 @@ def parse(options_class: type, arguments: Sequence[str]):
     if os.environ.get("MINIONEREC_VARIABLES"):
         arguments = [*arguments_from_variables(options_class, os.environ), *arguments]
     parser = _Parser(
-        options_class,
         allow_abbrev=False,
         usage="%(prog)s [--OPTION VALUE …]",
-        description=(sys.modules["__main__"].__doc__ or "").split("\n\n")[0],
+        description=(sys.modules["__main__"].__doc__ or "").split("\n\n")[0].replace("%", "%%"),
         epilog="An error prints one line and exits with code 2; --debug adds the traceback.",
         formatter_class=_Help,
     )
-    options, unknown = parser.parse_args_into_dataclasses(
-        list(arguments), return_remaining_strings=True, look_for_args_file=False
-    )
+    kinds = typing.get_type_hints(options_class)
+    for field in dataclasses.fields(options_class):
+        _add(parser, field, kinds[field.name])
+    options, unknown = parser.parse_known_args(list(arguments))
     if unknown:
         parser.error(f"unknown option {unknown[0]}")
-    return options
+    return options_class(**vars(options))
 
 
 def run(main: Callable, options_class: type) -> None:
@@ -165,7 +185,7 @@ def run(main: Callable, options_class: type) -> None:
     except KeyboardInterrupt:
         leave_group(130)
         sys.exit(130)
-    except BrokenPipeError:  # `… | head`: nobody reads on
+    except BrokenPipeError:  # `… | head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:

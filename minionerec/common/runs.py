@@ -6,7 +6,7 @@
     …                       # run.resume: an unfinished run with the same identity was found
     run.finish()
 
-The record is `run.json` in the result's folder, or `<name>.run.json` beside a result that is a file. It is written when
+The record is `run.json` in the result's folder, or `<name>.run.json` next to a result that is a file. It is written when
 the run begins, so that inputs are recorded as they were then, and again when it ends.
 
 The identity of a run is its stage, its options of role SETTING and the digests of its options of role INPUT
@@ -91,8 +91,8 @@ def begin(
     """Start a run of `stage`, or find it finished. Call it before anything is written, in the main process.
 
     folder, writes: the result is a folder; what the stage writes there, as glob patterns.
-    files, record: the result is these files; where the record goes (default: beside the first).
-    inputs: files that shape the result beside the options of role INPUT.
+    files, record: the result is these files; where the record goes (default: next to the first).
+    inputs: files that shape the result, in addition to the options of role INPUT.
 
     Raises `UserError` where a result with another identity, or files without a record, would be overwritten.
     """

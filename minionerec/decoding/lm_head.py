@@ -14,7 +14,7 @@ from minionerec.catalog.trie import Allowed, Trie
 from minionerec.common.errors import UserError
 from minionerec.decoding.spaces import SPACES
 
-BLOCK = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits computed at once: fits the CPU's cache, fills a GPU
+BLOCK = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits computed per block: fits the CPU's cache, fills a GPU
 
 
 def unwrap_adapter(model):

@@ -138,7 +138,7 @@ def require_tree_attention(model) -> None:
     """Raise `UserError` unless `model` decodes a tree of tokens as it decodes plain rows; tested once per model.
 
     The test is two padded prompts with two branches of two tokens each: logits from hidden states and `LMHead` must equal
-    the model's logits of each row by itself. Flash attention and recurrence fail it; `PromptTree` checks windows.
+    the model's logits of each row in its own forward. Flash attention and recurrence fail it; `PromptTree` checks windows.
     """
     if model in _able:
         return

@@ -1,10 +1,10 @@
 """Two protocols for the items that a user already has, both reported by every evaluation.
 
     all      every item of the catalog can be recommended (tables of MiniOneRec, RecBole, LETTER)
-    unseen   the user's earlier items leave the ranking (tables of RecTools, eSASRec and most recommenders in use)
+    unseen   the user's earlier items are left out (tables of RecTools, eSASRec and most recommenders in use)
 
 `seen` of a row is everything before its target, not the window that a model reads. A target that the user already has
-is missed under `unseen`. A SID leaves the ranking when all its items are seen; a SID with another item keeps it.
+is missed under `unseen`. A SID is left out if all its items are seen.
 
 Generative models are ranked by `of_beams`, models that score every item by `of_scores`; `report` turns either into
 what `metrics.json` holds:

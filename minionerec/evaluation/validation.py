@@ -37,7 +37,7 @@ class Validation(NamedTuple):
     trie: Trie
     beams: int
     space: str = "vocab"
-    seen: Sequence[Sequence[int]] | None = None  # (rows, …) items that leave the ranking; None: all items are ranked
+    seen: Sequence[Sequence[int]] | None = None  # (rows, …) items that are not ranked; None: all items are ranked
 
     @property
     def cutoffs(self) -> list[int]:

@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from minionerec.common.errors import UserError
 from minionerec.decoding.lm_head import unwrap_adapter
-from minionerec.decoding.tree_attention import additive
+from minionerec.decoding.tree_attention import additive, attention_window
 from minionerec.language_model.tokenizing import Rows
 
 BLANK = -1  # the line that fills an epoch's last batch: no token, no loss
@@ -157,6 +157,9 @@ def packing_collator(model, pad_token_id: int) -> Collator:
     try:
         expected = logits(alone, Collator(pad_token_id))
         for collator in (Collator(pad_token_id, packed=True), Collator(pad_token_id, packed=True, mask=True)):
+            if collator.mask and attention_window(unwrap_adapter(model).config):
+                errors.append("it would override the model's attention window")
+                continue
             try:
                 difference = (logits(Lines(rows, 12), collator) - expected).abs().max() / expected.abs().max()
             except Exception as error:  # a model that does not take the mask says so in its own way

@@ -5,8 +5,8 @@ A checkpoint of SFT or RL is a Hugging Face folder with two more files, which la
     prompt.yaml       the wording of the prompts
     minionerec.json   `Settings`: category, length of the history, normalisation space
 
-Every `checkpoint-N` carries both too. Loading raises `UserError` for whatever is wrong with a folder, and puts tokenizer
-and model into a neutral state: no truncation, padding, BPE dropout or sampling values of their last use.
+Every `checkpoint-N` has both too. Loading raises `UserError` for a folder that is missing, damaged or foreign, and puts
+tokenizer and model into a neutral state: no truncation, padding, BPE dropout or sampling values of their last use.
 """
 
 import json

@@ -95,7 +95,7 @@ def _means_by_token(rows: torch.Tensor, titles: list[list[int]], sids: list[list
 
 
 def require_sid_tokens(tokenizer, sids: Sequence[str]) -> None:
-    """Raise `UserError` unless each SID is its level tokens, alone and inside a prompt, and decodes to itself.
+    """Raise `UserError` unless each SID is its level tokens, as a whole text and inside a prompt, and decodes to itself.
 
     sids: distinct SIDs, as `Catalog.sids`.
     """

@@ -69,7 +69,7 @@ def _take(values: np.ndarray, begin: np.ndarray, lengths: np.ndarray) -> np.ndar
 def tokenize(pairs: Sequence[Pair], tokenizer, suffix: str, separator: str) -> Rows:
     """Rows of (prompt, answer) pairs, each `tokenizer(prompt)`, then the ids of answer + `suffix`, then end of sequence.
 
-    separator: what stands between the titles of a history, where prompts may be cut.
+    separator: the text between the titles of a history, where prompts may be cut.
     """
     prompts = pl.Series([prompt for prompt, _ in pairs])
     answers = pl.Series([answer + suffix for _, answer in pairs])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Reward = Callable[..., Sequence[float]]
 Scorer = Callable[[Sequence[Sequence[int]]], np.ndarray]  # histories, oldest first -> scores (histories, items)
 
-DENSE_WEIGHT = 0.1  # of the dense term, beside rule and ndcg
+DENSE_WEIGHT = 0.1  # of the dense term, added to rule and ndcg
 SHARES, STEPS = (0, 1 / 3, 2 / 3, 1), (0, 0.2, 0.5, 1)  # dense: share of leading levels that match -> reward
 
 

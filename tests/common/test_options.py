@@ -38,6 +38,7 @@ class Options(StageOptions):
     lr: float = option(1e-3, "peak learning rate, 100 % of it", aliases=["--learning_rate", "--rate"])
     layers: list[int] = option([256, 128], "hidden sizes")
     tied: bool = option(True, "tie the embeddings")
+    seen: bool | None = option(None, "default: as the model says")
     loss: Literal["mse", "l1"] = option("mse", "reconstruction loss")
     seed: int = option(42, "seed")
     output_dir: str = option("", "folder", role=OUTPUT)
@@ -77,6 +78,7 @@ def test_roles():
         ({"LAYERS": ""}, {"layers": [256, 128]}),
         ({"TIED": "False"}, {"tied": False}),
         ({"TIED": "true"}, {"tied": True}),
+        ({"TIED": "0", "SEEN": "no"}, {"tied": False, "seen": False}),
         ({"TRAIN_FILE": "a folder/$(x) '--lr'.csv"}, {"train_file": "a folder/$(x) '--lr'.csv"}),
         ({"TRAIN_FILE": "--lr"}, {"train_file": "--lr"}),
         ({"lr": "0.5", "UNKNOWN": "1"}, {}),
@@ -91,6 +93,13 @@ def test_the_command_line_overrides_variables(variables):
     variables(LR="0.5", LAYERS="64 32", TIED="False", SEED="7")
     options = parse(Options, ["--rate", "0.25", "--layers", "8", "--tied"])
     assert (options.lr, options.layers, options.tied, options.seed) == (0.25, [8], True, 7)
+
+
+def test_spellings():
+    """With dashes, `--no_` for a true default, a bool without a value."""
+    options = parse(Options, ["--train-file", "x", "--no_tied", "--seen", "--output_dir=a=b", "--learning_rate=-1"])
+    assert options == Options(train_file="x", tied=False, seen=True, output_dir="a=b", lr=-1.0)
+    assert parse(Options, ["--no-tied"]).tied is False
 
 
 def test_variables_count_only_under_a_launcher(monkeypatch):

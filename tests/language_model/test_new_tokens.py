@@ -1,0 +1,180 @@
+"""SID tokens added to a tokenizer and a model.
+
+Invariants: every SID is its level tokens, alone and in a prompt, and decodes to itself, whatever the tokenizer's
+normalizer; ids come from the tokenizer and none is taken twice; old rows stay bit-identical; new rows follow the
+distribution of the old ones or the text of their items; a new token's bias is the mean of the old ones.
+"""
+
+import json
+
+import pytest
+import torch
+from language_model.small_models import WITH_BIAS, random_model
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from minionerec.catalog.items import Items, read_titles
+from minionerec.catalog.sids import codebook_tokens, read_index
+from minionerec.common.errors import UserError
+from minionerec.language_model.checkpoints import load_model, load_tokenizer, new_model
+from minionerec.language_model.new_tokens import add_tokens, embedding_matrices, require_sid_tokens
+
+SIDS = ["<a_0><b_1>", "<a_1><b_0>", "<a_1><b_1>"]
+TOKENS = ["<a_0>", "<a_1>", "<b_0>", "<b_1>"]
+
+
+def tokenizer_of(normalizer=None, pre_tokenizer=None, vocabulary=None):
+    """A character tokenizer with an underscore for a blank, as sentencepiece models have."""
+    letters = ["<unk>", "</s>", *"▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789<>_:;.,\n"]
+    backend = Tokenizer(
+        models.BPE(vocabulary or {letter: i for i, letter in enumerate(letters)}, [], unk_token="<unk>")
+    )
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    if pre_tokenizer is not None:
+        backend.pre_tokenizer = pre_tokenizer
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
+
+
+NORMALIZERS = {
+    "none": dict,
+    "prepend": lambda: {"normalizer": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])},
+    "lowercase": lambda: {"normalizer": normalizers.Lowercase()},
+    "strip accents": lambda: {"normalizer": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])},
+    "regex": lambda: {"normalizer": normalizers.Replace(Regex("[_<>]"), " ")},  # would remove what makes a SID token
+    "metaspace": lambda: {"pre_tokenizer": pre_tokenizers.Metaspace()},
+    "digits": lambda: {"pre_tokenizer": pre_tokenizers.Digits(individual_digits=True)},
+}
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_sids_survive_every_normalizer(name, tmp_path):
+    tokenizer = tokenizer_of(**NORMALIZERS[name]())
+    add_tokens(random_model("qwen2"), tokenizer, TOKENS)
+    require_sid_tokens(tokenizer, SIDS)
+    for sid in SIDS:
+        ids = tokenizer(f"Next: {sid} and", add_special_tokens=False)["input_ids"]
+        assert [token for token in tokenizer.convert_ids_to_tokens(ids) if token in TOKENS] == [sid[:5], sid[5:]]
+    tokenizer.save_pretrained(tmp_path)
+    require_sid_tokens(load_tokenizer(tmp_path, "base_model"), SIDS)
+
+
+def test_sids_that_a_normalizer_splits_are_refused():
+    tokenizer = tokenizer_of(**NORMALIZERS["prepend"]())
+    tokenizer.add_tokens([AddedToken(token, normalized=True) for token in TOKENS])
+    with pytest.raises(
+        UserError, match=r"the tokenizer splits <a_0><b_1> in .*expected the tokens \['<a_0>', '<b_1>'\]"
+    ):
+        require_sid_tokens(tokenizer, SIDS)
+
+
+@pytest.mark.parametrize("how", ["special", "extra_special_tokens", "normalized", "lstrip"])
+def test_tokens_of_a_foreign_checkpoint_become_ordinary_on_loading(how, tmp_path):
+    tokenizer = tokenizer_of(**NORMALIZERS["prepend"]())
+    if how == "extra_special_tokens":
+        tokenizer.add_special_tokens({"extra_special_tokens": TOKENS})
+    else:
+        tokenizer.add_tokens([AddedToken(token, **{"normalized": False} | {how: True}) for token in TOKENS])
+    tokenizer.save_pretrained(tmp_path / "foreign")
+    loaded = load_tokenizer(tmp_path / "foreign", "base_model")
+    require_sid_tokens(loaded, SIDS)
+    ids = loaded(SIDS[0], add_special_tokens=False)["input_ids"]
+    assert loaded.decode(ids, skip_special_tokens=True).replace(" ", "") == SIDS[0]
+    loaded.save_pretrained(tmp_path / "again")
+    require_sid_tokens(load_tokenizer(tmp_path / "again", "base_model"), SIDS)
+
+
+def test_special_tokens_are_refused_where_nobody_repaired_them():
+    tokenizer = tokenizer_of()
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in TOKENS])
+    with pytest.raises(UserError, match="decodes the tokens of <a_0><b_1> to ''.*special=False"):
+        require_sid_tokens(tokenizer, SIDS)
+
+
+# ------------------------------------------------------------------------------------------------ ids
+
+
+def holed(largest: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of four tokens with ids 0, 1, 2 and `largest`."""
+    return tokenizer_of(vocabulary={"<unk>": 0, "</s>": 1, "a": 2, "b": largest})
+
+
+def test_an_id_that_is_taken_is_refused():
+    tokenizer = holed(5)  # the tokenizer counts on from 4
+    with pytest.raises(UserError, match="gives <a_1> the id 5, which 'b' has.* has a hole below its largest id 5"):
+        add_tokens(random_model("qwen2"), tokenizer, TOKENS)
+
+
+def test_embeddings_are_sized_by_the_largest_id():
+    tokenizer, model = holed(150), random_model("qwen2")  # the model has 120 rows
+    new = add_tokens(model, tokenizer, TOKENS)
+    assert new == [4, 5, 6, 7] == tokenizer.convert_tokens_to_ids(TOKENS)
+    assert model.get_input_embeddings().weight.shape[0] == 151 == model.config.vocab_size
+
+
+def test_padded_embeddings_never_shrink_and_tokens_are_new_once(base_model):
+    tokenizer, model = load_tokenizer(base_model, "x"), random_model("qwen2", vocab_size=500)
+    old = {name: weight.clone() for name, weight in model.state_dict().items()}
+    first = len(tokenizer)
+    new = add_tokens(model, tokenizer, TOKENS)
+    assert new == list(range(first, first + 4)) and model.get_input_embeddings().weight.shape[0] == 500
+    for name, weight in model.state_dict().items():
+        changed = [row for row in range(len(weight)) if weight.ndim and not torch.equal(weight[row], old[name][row])]
+        assert changed == (new if weight.shape[0] == 500 else [])
+    assert add_tokens(model, tokenizer, TOKENS) == []
+
+
+# ------------------------------------------------------------------------------------------------ values
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])  # tied, untied
+def test_new_rows_have_mean_and_covariance_of_the_old_ones(name, base_model):
+    tokenizer, model = load_tokenizer(base_model, "x"), random_model(name, vocab_size=400)
+    n_old = len(tokenizer)
+    shape = torch.randn(32, 32, generator=torch.Generator().manual_seed(1)) / 5
+    with torch.no_grad():
+        for weight in embedding_matrices(model):
+            weight.copy_(torch.randn(weight.shape) @ shape + 3)
+    new = add_tokens(model, tokenizer, [f"<a_{code}>" for code in range(6000)])
+    for weight in embedding_matrices(model):
+        old, drawn = weight[:n_old], weight[new]
+        torch.testing.assert_close(drawn.mean(0), old.mean(0), atol=0.1, rtol=0)
+        torch.testing.assert_close(drawn.T.cov(), old.T.cov(correction=0), atol=0.12, rtol=0)
+
+
+def test_rows_start_from_the_text_of_their_items(base_model, world):
+    tokenizer, model = load_tokenizer(base_model, "x"), new_model(base_model, "x")
+    items = Items(read_index(world.index), read_titles(world.items))
+    add_tokens(model, tokenizer, codebook_tokens(items.sids), items)
+    weight = model.get_input_embeddings().weight
+    carriers = [i for i, sid in enumerate(items.sids) if "<b_2>" in sid]
+    means = [weight[tokenizer(items.titles[i], add_special_tokens=False)["input_ids"]].mean(0) for i in carriers]
+    row = weight[tokenizer.convert_tokens_to_ids("<b_2>")]
+    torch.testing.assert_close(row, torch.stack(means).mean(0), atol=1e-6, rtol=1e-5)
+    unused = weight[tokenizer.convert_tokens_to_ids("<b_3>")]  # K = 4 codes a level, of which level b uses three
+    assert unused.abs().sum() > 0 and not torch.equal(unused, row)
+
+
+@pytest.mark.parametrize("padding", [0, 64])
+@pytest.mark.parametrize("name", WITH_BIAS)
+def test_the_bias_of_new_tokens_is_the_mean_of_the_old_ones(name, padding, base_model):
+    tokenizer = load_tokenizer(base_model, "x")
+    n_old = len(tokenizer)
+    model = random_model(name, vocab_size=n_old + padding)
+    bias = model.get_output_embeddings().bias
+    with torch.no_grad():
+        bias[n_old:] = -20.0  # spare entries of a padded vocabulary, pushed down in pre-training
+    before = bias[:n_old].clone()
+    new = add_tokens(model, tokenizer, TOKENS)
+    bias = model.get_output_embeddings().bias
+    assert torch.equal(bias[:n_old], before)
+    torch.testing.assert_close(bias[new], before.mean().expand(4))
+
+
+def test_a_model_of_the_saved_world_keeps_its_tokens(checkpoint_folder, policy):
+    tokenizer, model = load_tokenizer(checkpoint_folder, "x"), load_model(checkpoint_folder, "x")
+    assert add_tokens(model, tokenizer, codebook_tokens(policy.items.sids)) == []
+    require_sid_tokens(tokenizer, policy.catalog.sids)
+    added = json.loads((checkpoint_folder / "tokenizer.json").read_text())["added_tokens"]
+    assert all(not token["normalized"] and not token["special"] for token in added if "_" in token["content"])
