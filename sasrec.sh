@@ -21,12 +21,13 @@ HIDDEN_SIZE=${HIDDEN_SIZE:-}
 NUM_LAYERS=${NUM_LAYERS:-}            # sasrec, gru4rec
 NUM_HEADS=${NUM_HEADS:-}              # sasrec
 DROPOUT=${DROPOUT:-}
+ITEM_FEATURES=${ITEM_FEATURES:-}      # .npy of item vectors in place of item ids
 
 # ---- training
-LOSS=${LOSS:-}                        # ce or bce
-LOSS_POSITIONS=${LOSS_POSITIONS:-}    # last or all
-EPOCHS=${EPOCHS:-}
-ROWS_PER_EPOCH=${ROWS_PER_EPOCH:-}
+LOSS=${LOSS:-}                        # ce, sampled_softmax or bce
+NEGATIVES=${NEGATIVES:-}              # sampled_softmax, bce
+EPOCHS=${EPOCHS:-}                    # at most; training stops when valid no longer improves
+TIME_BUDGET=${TIME_BUDGET:-}          # seconds of training at most
 BATCH_SIZE=${BATCH_SIZE:-}
 LEARNING_RATE=${LEARNING_RATE:-}
 WEIGHT_DECAY=${WEIGHT_DECAY:-}

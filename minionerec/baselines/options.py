@@ -23,11 +23,11 @@ class BaselineOptions(StageOptions):
 
     model: str = option("sasrec", f"one of {', '.join(NAMES)}, in any case; GRU is gru4rec")
     seed: int = option(42, "seed of initial weights, batches, dropout, negatives and bootstrap")
-    max_history: int = option(10, "items of a history that are used, the latest ones")
+    max_history: int = option(50, "items of a history that are used, the latest ones")
     device: str = option("", "cpu, cuda, cuda:1, …; default: cuda if there is a GPU", role=RUNTIME)
     # architecture
-    hidden_size: int = option(64, "width of embeddings and layers", aliases=["--hidden_factor"])
-    dropout: float = option(0.2, "dropout on embeddings and inside the model", aliases=["--dropout_rate"])
+    hidden_size: int = option(192, "width of embeddings and layers", aliases=["--hidden_factor"])
+    dropout: float = option(0.4, "dropout on embeddings and inside the model", aliases=["--dropout_rate"])
     tie_embeddings: bool = option(True, "score items with the input embeddings; False: with a separate table")
     popularity_bias: bool = option(True, "item biases start at log popularity; False: at zero")
     num_layers: int = option(2, "sasrec: blocks; gru4rec: layers")
@@ -43,7 +43,7 @@ class BaselineOptions(StageOptions):
     epochs: int = option(200, "most epochs; valid is scored after each", aliases=["--epoch"])
     time_budget: float = option(900.0, "seconds of training at most; 0: no limit")
     batch_size: int = option(128, "sequences per step")
-    learning_rate: float = option(1e-3, "learning rate, constant", aliases=["--lr"])
+    learning_rate: float = option(7e-4, "learning rate, constant", aliases=["--lr"])
     weight_decay: float = option(0.05, "AdamW weight decay of matrices")
     eval_rows: int = option(6000, "valid rows that are scored after each epoch, drawn by seed; -1: all")
     early_stop: int = option(5, "stop after this many epochs without a better valid NDCG@10; 0: never")
