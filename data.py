@@ -168,7 +168,8 @@ def read_template(path: str | Path) -> dict:
     try:
         template = yaml.safe_load(read_text(path, "prompt_template"))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{path}: not a prompt template: {error}; compare it with config/prompt.yaml") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a prompt template: {reason}; compare it with config/prompt.yaml") from None
     if not isinstance(template, dict):
         refuse("the file", template, "keys and values")
     for key in (*TEXTS, "tasks", "categories"):

@@ -79,8 +79,10 @@ def sinkhorn_last_level(
     """The last codes of each colliding group chosen again by Sinkhorn over the group, at most `rounds` times.
 
     Items with equal residuals get equal codes, so exact duplicates still collide afterwards. If an item moves onto the
-    code of another, both are a colliding group in the next round.
+    code of another, both are a colliding group in the next round, so a round can also add collisions: the result is that
+    of the round with the fewest (the input counts as one; of equal rounds the latest).
     """
+    best, fewest = codes, collision_rate(codes)
     codes = codes.copy()
     for _ in range(rounds):
         before = codes.copy()
@@ -96,7 +98,9 @@ def sinkhorn_last_level(
                 codes[items, -1] = plan.argmax(dim=-1).numpy()
         if np.array_equal(codes, before):  # no group is left, or none moves
             break
-    return codes
+        if (rate := collision_rate(codes)) <= fewest:
+            best, fewest = codes.copy(), rate
+    return best.copy()
 
 
 def nearest_free(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray) -> np.ndarray:

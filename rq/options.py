@@ -23,11 +23,11 @@ def part(options, group: type):
 
 
 def refuse_small_codebooks(sizes: Sequence[int], n_items: int, collision: str) -> None:
-    """Raise `UserError` where codebooks of `sizes` have fewer SIDs than there are items, unless extra tokens help."""
-    if math.prod(sizes) < n_items and collision != "extra_token":
+    """Raise `UserError` where each item must get one of the SIDs of codebooks of `sizes`, and there are too few SIDs."""
+    if math.prod(sizes) < n_items and collision == "nearest_free":
         raise UserError(
             f"{' x '.join(map(str, sizes))} codes make {math.prod(sizes)} SIDs, fewer than the {n_items} items; give more "
-            f"levels or codes, or --collision extra_token"
+            f"levels or codes, or --collision extra_token (or none, which lets items share a SID)"
         )
 
 

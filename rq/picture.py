@@ -45,5 +45,7 @@ def picture(reports: dict[str, dict]):
     rates.set(title="collision rate", ylabel="% of items", xticks=[0, 1], xticklabels=["before", "after"])
     for panel in (codes, histogram, errors):
         panel.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside lower center", fontsize="small", ncols=min(3, len(reports)))
+    legend = figure.legend(loc="outside lower center", fontsize="small", ncols=min(3, len(reports)))
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may contain $
     return figure

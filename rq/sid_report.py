@@ -25,8 +25,6 @@ class Options(StageOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.index:
-            raise UserError("give one or more index files: python -m rq.sid_report A.index.json B.index.json")
         is_json = not self.output_file or self.output_file.endswith(".json")
         self.check(output_file=(is_json, "a name like compare.json"))
 
@@ -90,6 +88,9 @@ def table(reports: dict[str, dict]) -> str:
 
 
 def main(options: Options) -> None:
+    if not options.index:
+        raise UserError("one or more index files are required: python -m rq.sid_report A.index.json B.index.json")
+
     import torch
 
     from rq.picture import write_report

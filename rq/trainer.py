@@ -59,7 +59,7 @@ def train(
     model = make_model()
     sizes = model.quantizer.sizes
     if math.prod(sizes) < len(embeddings):
-        print(f"codebooks of {sizes} have fewer SIDs than there are items: only --collision extra_token will do")
+        print(f"codebooks of {sizes} have fewer SIDs than there are items: --collision nearest_free will be refused")
     print(f"{len(embeddings)} items, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}")
     result = Trainer(model, embeddings, o, o.ckpt_dir, device, o.compile).fit(start)
     print(

@@ -5,9 +5,11 @@
 - Commands on the quickstart's files run (slow: on a small data set in their place).
 - The README has at most 120 lines, its tree is the disk's, its results are those of RESULTS.md.
 - Links lead to files and headings that exist; paths in code spans exist.
+- Messages that `docs/troubleshooting.md` quotes are in the code.
 - The log is in order of time, and each heading has a verdict.
 """
 
+import ast
 import csv
 import dataclasses
 import functools
@@ -100,14 +102,16 @@ def shell_words() -> frozenset[str]:
     return frozenset(word for file in files for word in re.findall(r"\w+", file.read_text(encoding="utf-8")))
 
 
+def sources() -> list[Path]:
+    """The project's Python files, tests left out."""
+    rooms = ("minionerec", "rq", "preprocess", "benchmarks")
+    return [*ROOT.glob("*.py"), *(file for room in rooms for file in sorted((ROOT / room).rglob("*.py")))]
+
+
 @functools.cache
 def all_flags() -> frozenset[str]:
     """The flags of every script that has options."""
-    files = [
-        *ROOT.glob("*.py"),
-        *(f for room in ("minionerec", "rq", "preprocess", "benchmarks") for f in (ROOT / room).rglob("*.py")),
-    ]
-    scripts = [file for file in files if re.search(r"^    run\(main", file.read_text(encoding="utf-8"), re.M)]
+    scripts = [file for file in sources() if re.search(r"^    run\(main", file.read_text(encoding="utf-8"), re.M)]
     modules = [str(file.relative_to(ROOT).with_suffix("")).replace("/", ".") for file in scripts]
     return frozenset(flag for module in modules if options_of(module) for flag in names_of(options_of(module)))
 
@@ -381,6 +385,27 @@ def test_paths_in_code_spans_exist(page):
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     assert not [page.name for page in (ROOT / "docs").glob("*.md") if page.stem != "index" and page.name not in index]
+
+
+# ------------------------------------------------------------------------------------------------ messages
+
+
+def texts_in_code() -> str:
+    """The texts of all Python files, one per line, with … for what is filled in, and the shell files."""
+    texts = []
+    for file in sources():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts))
+    return "\n".join([*texts, *(file.read_text(encoding="utf-8") for file in ROOT.glob("shell/*.sh"))])
+
+
+def test_quoted_messages_are_in_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`.*?`) \|", page, re.M)
+    known = texts_in_code()
+    parts = [part.strip() for cell in cells for message in re.findall(r"`(.*?)`", cell) for part in message.split("…")]
+    assert len(cells) > 30 and not [part for part in parts if part not in known]
 
 
 # ------------------------------------------------------------------------------------------------ the log

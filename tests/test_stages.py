@@ -1,7 +1,6 @@
 """The stages through their launchers and command lines, on a small world."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -64,18 +63,6 @@ def test_rl(world, sft_checkpoint, tmp_path):
 # ------------------------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize(
-    "script", ["sft", "rl", "evaluate", "sasrec", "convert_dataset", "rq/rqvae", "rq/generate_indices"]
-)
-def test_launchers_explain_themselves_and_refuse_arguments(script):
-    helped = run_stage(f"{script}.sh", "--help")
-    assert helped.stdout.startswith("usage:") and "reads" in helped.stdout or "TRAIN_FILE" in helped.stdout
-    refused = run_stage(f"{script}.sh", "--nonsense", check=False)
-    assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1
-    unset = run_stage(f"{script}.sh", check=False)
-    assert unset.returncode == 2 and "is not set" in unset.stderr and len(unset.stderr.strip().splitlines()) == 1
-
-
 def test_rl_sh_asks_for_the_model_that_its_reward_needs(world, sft_checkpoint, tmp_path):
     environment = rl_environment(world, sft_checkpoint, tmp_path / "rl", REWARD_TYPE="rule,sasrec")
     refused = run_stage("rl.sh", env=environment, check=False)
@@ -136,31 +123,3 @@ def test_rl_on_two_processes(world, sft_checkpoint, tmp_path, config):
     before, after = weights(sft_checkpoint), weights(tmp_path / "rl")
     assert before.keys() == after.keys() and any(not torch.equal(before[n].float(), after[n].float()) for n in before)
     run_stage("evaluate.sh", env=evaluate_environment(world, tmp_path / "rl", tmp_path / "rl.json"))
-
-
-@pytest.mark.slow
-def test_run_sh_on_a_folder_in_the_published_layout(world, tmp_path):
-    environment = {
-        "DATASET": world.folder,
-        "OUTPUT": tmp_path / "out",
-        "SFT_EPOCHS": 1,
-        "SFT_BATCH_SIZE": 16,
-        "SFT_MICRO_BATCH_SIZE": 16,
-        "RL_ROWS": 32,
-    }
-    first = run_stage("run.sh", env=environment, timeout=1200)
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert set(results) == {"popularity", "markov", "sasrec", "gru4rec", "sft", "rl", "seconds"}
-    for model in ("popularity", "markov", "sasrec", "gru4rec", "sft", "rl"):
-        assert set(results[model]) == {f"{m}@{k}" for m in ("HR", "NDCG") for k in (5, 10, 20)}
-        assert f"{results[model]['HR@10']:.4f}" in first.stdout
-    assert {"popularity", "sft", "rl", "rl_evaluate"} <= set(results["seconds"])
-
-    started = time.monotonic()
-    again = run_stage("run.sh", env=environment)
-    assert time.monotonic() - started < 20 and again.stdout.count("done before") == 9
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
-
-    (tmp_path / "out" / "stages" / "rl.done").unlink()  # as after a kill in the RL stage
-    resumed = run_stage("run.sh", env=environment)
-    assert resumed.stdout.count("done before") == 7

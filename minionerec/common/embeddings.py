@@ -18,9 +18,10 @@ def load_embeddings(path: str | Path, flag: str = "data_path", item_meta_path: s
     path = require_file(path, flag)
     try:
         matrix = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # numpy's header parser raises errors of many kinds
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path}: not a .npy array ({error}); write it again with rq/text2emb, check --{flag}"
+            f"{path}: not a .npy array ({reason}); write it again with rq/text2emb, check --{flag}"
         ) from None
     if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.floating):
         found = f"{matrix.dtype} {matrix.shape}" if isinstance(matrix, np.ndarray) else type(matrix).__name__

@@ -7,17 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minionerec.common.errors import UserError
+from minionerec.common.text import printable
 
 ERRORS = "MINIONEREC_ERRORS"  # folder in which the processes of one launch leave their error lines
 
 
 def report_error(message: str) -> None:
     """Print `error: …` on stderr as one line; under a launcher, leave it for the launcher to print once."""
-    line = f"error: {' '.join(message.split())}"
+    line = f"error: {one_line(message)}"
     if os.environ.get(ERRORS):
         Path(os.environ[ERRORS], os.environ.get("RANK", "0")).write_text(line, encoding="utf-8")
     else:
         print(line, file=sys.stderr)
+
+
+def one_line(message: str) -> str:
+    """`message` as one line: white space collapsed, control characters escaped, the middle of a very long one cut."""
+    line = printable(" ".join(message.split()))
+    return line if len(line) <= 1000 else f"{line[:600]} … {line[-300:]}"
 
 
 def on_main_process(function: Callable):

@@ -243,7 +243,7 @@ def note_changes(found: dict, path: Path) -> None:
         if (path.parent / name).stat().st_size != size:
             print(f"note: {path.parent / name} was changed after this stage wrote it; the changed file is kept")
     if found.get("code") != code_version():
-        print(f"note: made by another version of the code ({found.get('code')}); --overwrite True makes it again")
+        print(f"note: made by another version of the code ({found.get('code')}); remove it to make it again")
 
 
 # ------------------------------------------------------------------------------------------------ provenance

@@ -60,6 +60,8 @@ def read_csv(path: str | Path, flag: str, *, separator: str = ",", quote_char: s
         raise UserError(f"{path}, {found}; repair it or check --{flag}") from None
     if twice := [name for name in table.columns if f"{name}_duplicated_0" in table.columns]:
         raise UserError(f"{path}: column {twice[0]!r} is there twice; remove one")
+    if ROW in table.columns:
+        raise UserError(f"{path}: column {ROW!r} is a name that this program uses itself; rename it")
     if len(table) and table.to_series(-1).null_count():  # an empty last cell, or a row that ends too early
         if found := _fault(_decoded(data, path), separator, quote_char):
             raise UserError(f"{path}, {found}; repair it or check --{flag}")

@@ -9,6 +9,7 @@ distribution that decoding uses in space `catalog` (minionerec/decoding/lm_head.
 import torch
 
 from minionerec.catalog.trie import Trie
+from minionerec.common.errors import UserError
 from minionerec.decoding.lm_head import LMHead, allowed_log_probs
 
 
@@ -16,10 +17,17 @@ class SidTokens:
     """The levels and trie nodes of SID tokens, found from the tokens of whole SIDs."""
 
     def __init__(self, trie: Trie, vocabulary: int):
+        """Raises `UserError` where a token is at two levels: its level could not be told from the token."""
         self.trie, self.vocabulary = trie, vocabulary
         self.level = torch.full((vocabulary,), -1)  # of each token id, -1 for one that is in no SID
         for level, (low, high) in enumerate(trie.columns):
-            self.level[trie.tokens[low:high].cpu()] = level
+            own = trie.tokens[low:high].cpu()
+            if (self.level[own] >= 0).any():
+                raise UserError(
+                    "--train_space catalog: a level token is at two levels of the SIDs; use --train_space vocab, or "
+                    "another index, with tokens like <a_1> <b_1> <c_1>"
+                )
+            self.level[own] = level
         parent = torch.repeat_interleave(torch.arange(len(trie.leaf)), (trie.start[1:] - trie.start[:-1]).cpu())
         self.edges = parent * vocabulary + trie.child_token.cpu()  # sorted: edge e goes to node e + 1
 

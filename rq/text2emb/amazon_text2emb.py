@@ -43,21 +43,33 @@ class Options(StageOptions):
     def __post_init__(self):
         super().__post_init__()
         self.at_least(1, "max_sent_len", "batch_size")
-        self.check(word_drop_ratio=(self.word_drop_ratio < 1, "below 1; 0 or less drops nothing"))
+        self.check(
+            word_drop_ratio=(self.word_drop_ratio < 1, "below 1; 0 or less drops nothing"),
+            plm_name=("/" not in self.plm_name, "a short name without /, which becomes part of the file name"),
+        )
 
 
 def plain_text(value) -> str:
-    """A field as one line of text. Lists, nested or written as a string, are joined; HTML tags and entities are removed."""
-    if value is None:
+    """A field as one line of text; empty where it is missing, which NaN means too.
+
+    The entries of lists and the values of dicts are joined, nested or written as a string. HTML tags and entities are
+    removed.
+    """
+    if value is None or value != value or value == "nan":  # NaN, also as pandas writes it into a text
         return ""
+    if isinstance(value, dict):
+        value = list(value.values())
     if isinstance(value, list | tuple):
         return " ".join(filter(None, map(plain_text, value)))
     text = str(value).strip()
-    if text.startswith("[") and text.endswith("]"):
-        try:
-            return plain_text(ast.literal_eval(text))
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            pass  # not a list after all
+    if text[:1] + text[-1:] in ("[]", "{}"):
+        for parse in (ast.literal_eval, json.loads):
+            try:
+                parsed = parse(text)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                continue  # not a list or dict after all
+            if isinstance(parsed, list | dict):
+                return plain_text(parsed)
     return " ".join(_TAG.sub(" ", html.unescape(text)).split())
 
 
@@ -73,7 +85,10 @@ def item_texts(path: Path) -> list[str]:
             raise UserError(f"{path}: item {item} is missing, expected ids 0..{len(items) - 1} without gaps")
         if not isinstance(fields, dict):
             raise UserError(f'{path}: item {item} is a {type(fields).__name__}, expected an object with a "title"')
-        text = " ".join(filter(None, (plain_text(fields.get(field)) for field in FIELDS)))
+        try:
+            text = " ".join(filter(None, (plain_text(fields.get(field)) for field in FIELDS)))
+        except RecursionError:
+            raise UserError(f"{path}: item {item} has lists in lists in lists without end; expected a text") from None
         texts.append(text or f"item {item}")
     return texts
 
@@ -94,24 +109,35 @@ def load_encoder(folder: Path, device):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         dtype = torch.float32 if device.type == "cpu" else "auto"
         model = AutoModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}: not an encoder that can be loaded ({reason}); check --plm_checkpoint") from None
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"{folder}: its tokenizer has no token to pad with; set pad_token in tokenizer_config.json")
     tokenizer.padding_side = "right"
     return tokenizer, model.to(device).eval()
 
 
-def _read_optional(path: Path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def read_optional(path: Path, kind: type):
+    """The JSON in `path`, empty where there is no file; raises `UserError` where it is broken or no `kind`."""
+    if not path.is_file():
+        return kind()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); check --plm_checkpoint") from None
+    if not isinstance(content, kind):
+        raise UserError(f"{path}: found a {type(content).__name__}, expected a {kind.__name__}; check --plm_checkpoint")
+    return content
 
 
 def length_limit(folder: Path, tokenizer, model, asked: int) -> int:
     """Most tokens of a text: the smallest of `asked`, the encoder's positions and the length that it declares."""
-    own = [tokenizer.model_max_length, _read_optional(folder / "sentence_bert_config.json").get("max_seq_length")]
+    own = [tokenizer.model_max_length, read_optional(folder / "sentence_bert_config.json", dict).get("max_seq_length")]
     own.append(getattr(model.config, "max_position_embeddings", None))
-    limit = min([asked, *filter(None, own)])
+    limit = min([asked, *(n for n in own if isinstance(n, int) and n > 0)])
     if limit < asked:
         print(f"texts are cut at {limit} tokens, the limit of this encoder (--max_sent_len {asked})")
     return limit
@@ -119,10 +145,11 @@ def length_limit(folder: Path, tokenizer, model, asked: int) -> int:
 
 def normalizes(folder: Path) -> bool:
     """Whether the folder is a sentence-transformers model that scales its embeddings to length 1."""
-    pooling = _read_optional(folder / "1_Pooling" / "config.json")
+    pooling = read_optional(folder / "1_Pooling" / "config.json", dict)
     if pooling and not pooling.get("pooling_mode_mean_tokens"):
         print("note: this encoder declares another pooling; the mean of the tokens is used")
-    return any(str(module.get("type", "")).endswith("Normalize") for module in _read_optional(folder / "modules.json"))
+    modules = read_optional(folder / "modules.json", list)
+    return any(isinstance(m, dict) and str(m.get("type", "")).endswith("Normalize") for m in modules)
 
 
 def embed(texts: list[str], tokenizer, model, *, max_length: int, batch_size: int, normalize: bool) -> np.ndarray:

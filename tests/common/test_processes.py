@@ -11,7 +11,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-from minionerec.common.processes import ERRORS, leave_group, on_main_process, report_error
+from minionerec.common.processes import ERRORS, leave_group, on_main_process, one_line, report_error
 
 
 def test_an_error_is_one_line(capsys, monkeypatch):
@@ -36,7 +36,7 @@ SEVERAL = """
 import os, sys
 import torch.distributed
 from minionerec.common.errors import UserError
-from minionerec.common.processes import on_main_process
+from minionerec.common.processes import on_main_process, one_line
 
 rank, kind = int(sys.argv[1]), sys.argv[2]
 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
@@ -120,3 +120,10 @@ def test_a_process_of_a_group_ends_without_interpreter_shutdown(tmp_path, wrong)
     assert done.returncode == (2 if wrong else 0), done.stderr
     assert done.stdout.split("\n") == ["result", "tracker finished", ""]
     assert done.stderr.endswith("error: wrong\n" if wrong else "")
+
+
+def test_an_error_is_one_printable_line_of_bounded_length():
+    assert one_line("a\n  b\tc") == "a b c"
+    assert one_line("x\x1b[31m\u202e\ud800 é😀") == r"x\x1b[31m\u202e\ud800 é😀"
+    line = one_line(f"x.csv: found {'9' * 10_000}; check --flag")
+    assert len(line) < 1000 and line.startswith("x.csv: found 999") and line.endswith("9; check --flag")

@@ -119,8 +119,9 @@ def test_levels_of_tokens():
 
 def test_a_token_at_two_levels_is_refused():
     """Its level could not be told from the token; an index may be written so."""
-    with pytest.raises(UserError, match="--train_space catalog: 1 level tokens are at more than one level"):
-        SidTokens(Trie.build([(10, 50), (11, 10)]), VOCABULARY)
+    for sids in ([(10, 50), (11, 10)], [(10, 10), (11, 11)], [(10, 50, 90), (11, 51, 50)]):
+        with pytest.raises(UserError, match="--train_space catalog: a level token is at two levels of the SIDs"):
+            SidTokens(Trie.build(sids), VOCABULARY)
 
 
 # ------------------------------------------------------------------------------------------------ batches

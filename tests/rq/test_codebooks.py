@@ -43,6 +43,7 @@ def test_published_files_hold_only_codebooks(tmp_path):
         ({"codebook_0": normal(4, DIM)}, "4 codes make 4 SIDs, fewer than the 300 items"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 @pytest.mark.parametrize("user", ["generate_indices", "plus"])
 def test_bad_codebooks(user, arrays, message, kmeans_file, tmp_path):
     path = tmp_path / "books.npz"
@@ -57,3 +58,28 @@ def test_bad_codebooks(user, arrays, message, kmeans_file, tmp_path):
             index(path, kmeans_file, tmp_path / "x.index.json")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "plus").exists() and not (tmp_path / "x.index.json").exists()
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_truncated_at_any_byte(tmp_path, compressed):
+    """Every shortened file is refused or, where only the archive's own index was cut, complete."""
+    save = np.savez_compressed if compressed else np.savez
+    save(tmp_path / "whole.npz", codebook_0=normal(4, 3), codes=np.array([[1], [2]]))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    for size in range(0, len(whole), 7):
+        (tmp_path / "cut.npz").write_bytes(whole[:size])
+        with pytest.raises(UserError) as error:
+            read_codebooks(tmp_path / "cut.npz", "ckpt_path")
+        assert "\n" not in str(error.value) and "cut.npz" in str(error.value)
+
+
+def test_any_flipped_byte_is_refused_or_harmless(tmp_path):
+    np.savez_compressed(tmp_path / "whole.npz", codebook_0=normal(4, 3), codes=np.array([[1], [2]]))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    for place in range(0, len(whole), 3):
+        (tmp_path / "bad.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            found = read_codebooks(tmp_path / "bad.npz", "ckpt_path")
+        except UserError:
+            continue
+        np.testing.assert_array_equal(found.codebooks[0], normal(4, 3))

@@ -58,6 +58,19 @@ def test_sinkhorn_continues_where_it_moves_an_item_onto_another():
     assert resolve(codes, "sinkhorn", residuals, CODEBOOK)[:, 1].tolist() == rounds[-1]
 
 
+def test_sinkhorn_never_adds_collisions():
+    """Groups of one prefix that share their candidates push each other around without end."""
+    rng, worse = np.random.default_rng(0), 0
+    for _ in range(200):
+        codes, residuals = rng.integers(2, size=(6, 2)), rng.normal(size=(6, 1)).round(1)
+        codebook = rng.normal(size=(3, 1))
+        after = [sinkhorn_last_level(codes, residuals, codebook, rounds=n) for n in range(1, 6)]
+        rates = [collision_rate(some) for some in (codes, *after)]
+        assert all(later <= earlier for earlier, later in zip(rates, rates[1:], strict=False))
+        worse += rates[1] == rates[0]
+    assert worse, "these data show the difference"
+
+
 def test_nearest_free_on_many_random_collisions():
     rng = np.random.default_rng(3)
     codes, residuals = rng.integers(4, size=(300, 3)), rng.normal(size=(300, 5))

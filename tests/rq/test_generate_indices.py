@@ -8,7 +8,7 @@ SIDs as they are.
 import numpy as np
 import pytest
 import torch
-from rq_helpers import index, kmeans, points, train
+from rq_helpers import index, kmeans, points, refusal, train
 
 from minionerec.catalog.sids import read_index
 from minionerec.common.errors import UserError
@@ -44,9 +44,43 @@ def test_bounded_codes_move_by_their_own_residuals(kmeans_file, tmp_path):
 
 
 def test_codebooks_too_small_for_the_items(kmeans_file, tmp_path):
+    """Only where each item must get a SID of the codebooks; elsewhere items may share one."""
     kmeans("constrained", kmeans_file, tmp_path / "D.index.json", k=64, l=1, collision="extra_token")
+    books = tmp_path / "D.codebooks_constrained.npz"
     with pytest.raises(UserError, match="64 codes make 64 SIDs, fewer than the 300 items; .*extra_token"):
-        index(tmp_path / "D.codebooks_constrained.npz", kmeans_file, tmp_path / "x.index.json")
+        index(books, kmeans_file, tmp_path / "x.index.json")
+    assert not list(tmp_path.glob("x.*"))
+    for mode in ("none", "sinkhorn"):
+        sids = read_index(index(books, kmeans_file, tmp_path / f"{mode}.index.json", collision=mode))
+        assert len(sids) == 300 and len(set(sids)) <= 64
+
+
+def test_the_same_command_twice_gives_the_same_bytes(kmeans_file, tmp_path):
+    for name in ("one", "two"):
+        kmeans("faiss", kmeans_file, tmp_path / name / "D.index.json", collision="sinkhorn")
+    for path in (tmp_path / "one").iterdir():
+        if not path.name.endswith("run.json"):
+            assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_paths_of_the_wrong_kind_are_one_line(kmeans_file, tmp_path):
+    np.savez(tmp_path / "books.npz", codebook_0=points(32), codebook_1=points(32, seed=1))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.index.json").mkdir()
+    given = ["--data_path", kmeans_file, "--device", "cpu"]
+    books = ["--ckpt_path", tmp_path / "books.npz"]
+    output = ["--output_file", tmp_path / "D.index.json"]
+    for arguments, found in (
+        ([*given, *books, "--output_file", tmp_path / "file" / "D.index.json"], "file"),
+        ([*given, *books, "--output_file", tmp_path / "folder.index.json"], "folder.index.json"),
+        ([*given, *output, "--ckpt_path", tmp_path], "best_collision.safetensors: no such file"),
+        ([*given, *output, "--ckpt_path", tmp_path / "file"], "config.json: no such file"),
+        ([*books, *output, "--data_path", tmp_path], "not a .npy array"),
+        ([*given, *books, *output, "--append", tmp_path], "directory"),
+        ([*given, *books], "--output_file is required"),
+    ):
+        assert found in refusal(generate_indices, *arguments)
+    assert not (tmp_path / "D.index.json").exists()
 
 
 def test_a_finished_index_is_kept_and_another_refused(embedding_file, tmp_path, capsys):

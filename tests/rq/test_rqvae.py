@@ -90,7 +90,12 @@ def test_bad_options_leave_nothing(embedding_file, tmp_path, options, message):
         ({"compile": True}, "--compile True is for cuda, but the device is cpu"),
         ({"device": "cuda:99"}, "--device cuda:99 is not on this machine"),
         ({"device": "abacus"}, "--device abacus is not on this machine"),
-        ({"lr": 1e30, "learner": "sgd", "epochs": 9}, "the loss is"),
+        ({"lr": 1e30, "learner": "sgd", "epochs": 9}, "the loss is (nan|inf) at epoch .*; lower --lr"),
+        (
+            {"lr": 1e30, "learner": "sgd", "epochs": 1, "batch_size": 96},
+            "weights or latents are NaN or Inf at epoch 1; lower --lr",
+        ),
+        ({"lr": 1e30, "epochs": 1, "batch_size": 96}, "weights or latents are NaN or Inf at epoch 1; lower --lr"),
     ],
 )
 def test_a_failed_start_does_not_stop_the_corrected_command(embedding_file, tmp_path, options, message):
@@ -115,3 +120,12 @@ def test_help_loads_no_heavy_library():
         "print([name for name in ('torch', 'sklearn', 'faiss', 'matplotlib', 'polars') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_paths_of_the_wrong_kind_are_one_line(embedding_file, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    for folder in (tmp_path / "file", tmp_path / "file" / "ckpt"):
+        given = ["--data_path", embedding_file, "--kmeans_init", "False"]
+        assert str(tmp_path / "file") in refusal(rqvae, *given, "--ckpt_dir", folder)
+    assert "not a .npy array" in refusal(rqvae, "--data_path", tmp_path, "--ckpt_dir", tmp_path / "ckpt")
+    assert (tmp_path / "file").read_text() == "not a folder" and not (tmp_path / "ckpt").exists()

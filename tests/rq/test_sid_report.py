@@ -57,4 +57,4 @@ def test_report_from_the_command_line(tmp_path):
     write_index(tmp_path / "A.index.json", np.array([[0, 0], [0, 0], [0, 1]]))
     done = run_stage("rq.sid_report", tmp_path / "A.index.json")
     assert "0.3333" in done.stdout
-    assert "one or more index files" in refusal(sid_report)
+    assert "one or more index files are required" in refusal(sid_report)

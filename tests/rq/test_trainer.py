@@ -1,10 +1,15 @@
 """The training loop: what it learns, that every weight is trained, and that a resumed training equals an unbroken one."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from rq_helpers import clustered, train
 
 from rq.checkpoints import load_model
@@ -66,6 +71,43 @@ RESUMED = {
 
 def weights(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["rqvae", "rqkmeans_constrained"])
+def test_killed_at_any_moment(command, embedding_file, tmp_path):
+    """kill -9 at 10 moments, each followed by the same command: the bytes of an unbroken run; then nothing to do."""
+    arguments = {
+        "rqvae": ["--layers", "64", "--num_emb_list", "16", "16", "--epochs", "400", "--eval_step", "20"],
+        "rqkmeans_constrained": ["--k", "16", "--l", "3", "--collision", "extra_token", "--solver", "transport"],
+    }[command]
+
+    def start(folder):
+        output = ["--ckpt_dir", folder] if command == "rqvae" else ["--output_file", folder / "D.index.json"]
+        words = [sys.executable, "-m", f"rq.{command}", "--data_path", embedding_file, *output, *arguments]
+        return subprocess.Popen(
+            [str(word) for word in words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+
+    def files(folder):
+        return {path.name: path.stat().st_mtime_ns for path in folder.glob("[!.]*")}
+
+    assert start(tmp_path / "unbroken").wait() == 0
+    rng, killed = np.random.default_rng(0), 0
+    for changes in rng.integers(1, 5, size=10):  # how often a file changes before the kill
+        process, seen = start(tmp_path / "killed"), files(tmp_path / "killed")
+        while changes and process.poll() is None:
+            if (now := files(tmp_path / "killed")) != seen:
+                seen, changes = now, changes - 1
+        time.sleep(rng.uniform(0, 0.02))
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed >= 3
+    assert start(tmp_path / "killed").wait() == 0
+    for path in (tmp_path / "unbroken").iterdir():
+        if not path.name.endswith("run.json"):
+            assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes(), path.name
+    assert b"nothing to do" in start(tmp_path / "killed").communicate()[0]
 
 
 def test_a_training_that_died_and_resumed_equals_an_unbroken_one(embedding_file, tmp_path, monkeypatch):
