@@ -44,8 +44,8 @@ case $SIDS in fused | text | published) ;; *) die "SIDS is '$SIDS', expected fus
 
 # RESULTS.md has the measurements. SASRec's settings are the defaults of its script.
 
-# 128 tokens hold a title and the beginning of a description; whole descriptions take many minutes on a CPU.
-text2emb=(PLM_NAME=minilm MAX_SENT_LEN=128)
+# 64 tokens hold a title and the beginning of a description; whole descriptions take many minutes on a CPU.
+text2emb=(PLM_NAME=minilm MAX_SENT_LEN=64)
 
 # A small model from scratch learns only the next SID: each further task lowers its accuracy. It trains whole sequences, with
 # a softmax over what the trie allows, and keeps the averaged weights that are best on valid.

@@ -97,10 +97,12 @@ def test_a_sequence_counts_each_target_once(setting):
 
 
 def test_a_tokenizer_that_joins_sids_is_refused(setting, base_model):
-    """Without the level tokens in its vocabulary it joins the end of a SID and the beginning of the next."""
+    """One that has a token for the end of a SID and the beginning of the next."""
     check_sequences(setting.train, setting.items.sids, PREFIX, setting.tokenizer)
+    joining = load_tokenizer(base_model, "base_model")
+    joining.add_tokens(["><"])
     with pytest.raises(UserError, match="does not split it at its SIDs.*--prompt_template") as refused:
-        check_sequences(setting.train, setting.items.sids, PREFIX, load_tokenizer(base_model, "base_model"))
+        check_sequences(setting.train, setting.items.sids, PREFIX, joining)
     [template] = [word for word in str(refused.value).replace(")", " ").split() if word.endswith(".yaml")]
     assert not Prompts(ROOT / template).continues  # the remedy is there, and is one
 
