@@ -8,7 +8,8 @@ read from the keyboard until an empty one. With --jsonl, each line of stdin is a
 …}`, and each line of stdout the same object with `predict`, a list of `{"item_id", "title", "sid", "score"}`, or with
 `error`. A line is answered when no further line is waiting, or --batch_size lines are.
 
-A score is the log-probability of the item's SID in nats: exp(score) is the chance that the model gives it.
+A score is the log-probability of the item's SID in nats: exp(score) is the chance that the model gives it. With
+--blend_path it is the weighted sum of the models' log-probabilities.
 """
 
 import json
@@ -58,6 +59,10 @@ class Options(StageOptions):
     prompt_template: str = option("", "wording of the prompts; default: the checkpoint's prompt.yaml", role=INPUT)
     space: str = option("", "what scores are normalised over, vocab or catalog; default: as the checkpoint was trained")
     num_beams: int = option(0, "beams; 0: max(50, K)")
+    blend_path: list[str] = option(
+        [], "folders of sasrec.sh: rank by the weighted sum of the models' log-probabilities", role=INPUT
+    )
+    blend_weight: list[float] = option([], "a weight for each, as evaluate.py chooses them; default: 1 each")
     batch_size: int = option(8, "most users per forward", role=RUNTIME)
 
     def __post_init__(self):
@@ -66,6 +71,10 @@ class Options(StageOptions):
         self.at_least(0, "max_history", "num_beams")
         self.check(
             space=(self.space in ("", *SPACES), " or ".join(SPACES)),
+            blend_weight=(
+                len(self.blend_weight) in (0, len(self.blend_path)),
+                f"{len(self.blend_path)} numbers, or none",
+            ),
             num_beams=(not 0 < self.num_beams < self.K, f"at least --K {self.K}, or 0"),
             jsonl=(not (self.jsonl and self.history), "False with --history; with --jsonl give histories on stdin"),
         )
@@ -189,15 +198,52 @@ class Recommender:
         options = self.options
         hidden = [self._hidden(history) for history in histories]
         rows = pl.DataFrame({"history": [list(history[-self.settings.max_history :]) for history in histories]})
+        texts = next_sid_prompts(rows, self.items, self.prompts)
+        if options.blend_path:
+            return self._blended(texts, histories, hidden)
         sid_rows, scores = recommend(
             *self.loaded,
-            next_sid_prompts(rows, self.items, self.prompts),
+            texts,
             options.num_beams or max(50, options.K),
             options.batch_size,
             space=self.settings.space,
             excluded=[self.catalog.rows_of(items) for items in hidden] if any(hidden) else None,
         )
         return [self._expand(*row) for row in zip(sid_rows, scores, hidden, strict=True)]
+
+    @cached_property
+    def baselines(self) -> list:
+        """The models of --blend_path, loaded on first use."""
+        from minionerec.baselines.models import load_checkpoint
+
+        return [load_checkpoint(path, "blend_path", self.catalog.n_items) for path in self.options.blend_path]
+
+    def _blended(self, texts: list[str], histories, hidden) -> list[list[dict]]:
+        """As `__call__`, ranked by the blend; a score is the weighted sum of log-probabilities."""
+        import numpy as np
+
+        from minionerec.evaluation import blend
+
+        options, count = self.options, self.options.num_beams or max(50, self.options.K)
+        weights = options.blend_weight or [1.0] * len(self.baselines)
+        arguments = (texts, histories, self.baselines, self.catalog)
+        found = blend.collect(*self.loaded, *arguments, count=count, hidden=[sorted(items) for items in hidden])[
+            "unseen"
+        ]
+        total = blend.blended(found, weights)
+        best = np.argsort(-total, axis=1, kind="stable")[:, : options.K]
+        return [
+            [
+                self._entry(int(found.items[user, place]), total[user, place])
+                for place in places
+                if found.items[user, place] >= 0
+            ]
+            for user, places in enumerate(best)
+        ]
+
+    def _entry(self, item: int, score: float) -> dict:
+        title, sid = self.items.titles[item], self.items.sids[item]
+        return {"item_id": item, "title": title, "sid": sid, "score": round(float(score), 4)}
 
     def _hidden(self, history: Sequence[int]) -> set[int]:
         """The items that this user must not get."""
@@ -209,8 +255,7 @@ class Recommender:
         for sid_row, score in zip(sid_rows.tolist(), scores.tolist(), strict=True):
             for item in self.catalog.items_of_sid[sid_row] if sid_row >= 0 else ():
                 if item not in hidden:
-                    title, sid = self.items.titles[item], self.items.sids[item]
-                    found.append({"item_id": item, "title": title, "sid": sid, "score": round(score, 4)})
+                    found.append(self._entry(item, score))
         return found[: self.options.K]
 
 
@@ -225,11 +270,12 @@ def table(recommender: Recommender, history: list[int]) -> str:
     for place, item in enumerate(history):
         note = "  (too long ago: not in the prompt)" if place < last else ""
         lines.append(f"{item:>8}  {printable(titles[item])}{note}")
-    lines += ["", f"{'item':>8}  {'chance':>7}  next"]
+    blended = bool(recommender.options.blend_path)
+    lines += ["", f"{'item':>8}  {'score' if blended else 'chance':>7}  next"]
     for found in recommender([history])[0]:
         note = "  (in the history)" if found["item_id"] in history else ""
-        chance = math.exp(found["score"])
-        lines.append(f"{found['item_id']:>8}  {chance:>7.2%}  {printable(found['title'])}{note}")
+        score = f"{found['score']:>7.2f}" if blended else f"{math.exp(found['score']):>7.2%}"
+        lines.append(f"{found['item_id']:>8}  {score}  {printable(found['title'])}{note}")
     return "\n".join(lines)
 
 

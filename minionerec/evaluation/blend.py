@@ -101,26 +101,34 @@ def collect(
     *,
     count: int = 50,
     batch_size: int = 32,
+    hidden: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Candidates]:
     """Candidates of each user under each protocol: `{"all": …, "unseen": …}`, in the order of `prompts`.
 
     histories: all items that each user has, oldest first; baselines: models with `scores(histories)`, (users, items);
-    count: beams, and best items of each baseline, under either protocol.
+    count: beams, and best items of each baseline, under either protocol; hidden: items that users do not get under
+    "unseen", by default those of their histories.
     """
     tokens = tokenizer(list(prompts))["input_ids"]
     paths, device, parts = sid_paths(trie), model.device, {"all": {}, "unseen": {}}
     model.eval()
-    for batch in tqdm(length_batches([len(t) for t in tokens], batch_size, 1 << 14), desc="blend", mininterval=2):
+    for batch in tqdm(
+        length_batches([len(t) for t in tokens], batch_size, 1 << 14),
+        desc="blend",
+        mininterval=2,
+        disable=len(tokens) <= batch_size,
+    ):
         ids, mask = left_pad([tokens[user] for user in batch], tokenizer.pad_token_id or 0, device)
         seen = [histories[user] for user in batch]
+        out = seen if hidden is None else [hidden[user] for user in batch]
         beams = beam_search(model, trie, ids, mask, count, space="catalog")
         rows, scores = beams.row.cpu().numpy(), beams.score.cpu().numpy()
         others = [baseline.scores(seen).cpu().numpy() for baseline in baselines]
-        tops = [top_rows(each, catalog, count, excluded) for each in others for excluded in (None, seen)]
+        tops = [top_rows(each, catalog, count, excluded) for each in others for excluded in (None, out)]
         missing = missing_rows(rows, np.concatenate(tops, axis=1), len(catalog.sids))
         forced = score_rows(model, trie, paths, ids, mask, torch.from_numpy(missing).to(device)).cpu().numpy()
         rows, scores = np.concatenate([rows, missing], axis=1), np.concatenate([scores, forced], axis=1)
-        for name, excluded in (("all", None), ("unseen", seen)):
+        for name, excluded in (("all", None), ("unseen", out)):
             found = gather(rows, scores, others, catalog, excluded)
             parts[name] |= {user: (found.items[i], found.scores[i]) for i, user in enumerate(batch)}
     return {name: _stacked(users) for name, users in parts.items()}

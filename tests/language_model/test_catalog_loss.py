@@ -141,7 +141,9 @@ def test_answers_of_text_and_of_sids_in_one_batch(smoothing):
     expected = {True: torch.zeros(()), False: torch.zeros(())}  # smoothed or not
     for prompt, answer in rows:
         logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-        sids = {(11, 12, 50, 91): [(11,), (12, 50, 91)], (10, 51, 91, 120, 1): [(10, 51, 91, 120)]}.get(tuple(answer), [])
+        sids = {(11, 12, 50, 91): [(11,), (12, 50, 91)], (10, 51, 91, 120, 1): [(10, 51, 91, 120)]}.get(
+            tuple(answer), []
+        )
         n = sum(map(len, sids))
         for smooth in expected:
             share = smoothing if smooth else 0.0
