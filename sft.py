@@ -113,7 +113,7 @@ class Options(StageOptions):
         self.at_least(1, "batch_size", "micro_batch_size", "max_history", "lora_r", "eval_beams")
         self.at_least(0, "learning_rate", "weight_decay", "early_stopping_patience", "time_budget")
         self.at_least(2, "cutoff_len")
-        steps = self.eval_step > 0 and (self.eval_step < 1 or self.eval_step.is_integer())
+        steps = self.eval_step > 0 and (self.eval_step < 1 or self.eval_step == int(self.eval_step))
         self.check(
             sid_tokens=(self.sid_tokens in ("codebook", "used"), "codebook or used"),
             sid_init=(self.sid_init in ("mean", "text"), "mean or text"),

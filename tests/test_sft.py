@@ -1,461 +1,86 @@
-"""SFT: rows as tokens, batches, logits at answers alone, what is trained, what is saved; each against a plain twin."""
+"""SFT as a stage.
 
-import copy
-import functools
+Invariants: any causal LM folder is a base model, whatever state its tokenizer and generation config carry; checkpoints
+are never lost: options that do not shape the result resume, others are refused; a killed run ends with the weights of an
+unbroken one; each checkpoint carries wording and settings; several processes train as one.
+"""
+
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import polars as pl
 import pytest
 import torch
-from helpers import INDUSTRIAL, QWEN_TOKENIZER, ROOT
+from helpers import ROOT, killed_midway, run_stage, sft_environment
+from language_model.small_models import config_of
+from language_model.test_tokenizing import tokenizer_named
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import sft
-from data import DEFAULT_TASKS, SFT_TASKS, Prompts, read_sequences, sft_pairs
-from minionerec.catalog.items import Items, read_titles
-from minionerec.catalog.sids import codebook_tokens, read_index
-from minionerec.catalog.trie import Trie
+from data import Prompts
+from minionerec.catalog.items import Items
+from minionerec.common.devices import use_one_gpu
 from minionerec.common.errors import UserError
-from minionerec.decoding.beam_search import beam_search
-from minionerec.language_model.adapters import add_lora, train_rows_alone
-from minionerec.language_model.base_model import smollm2_file
-from minionerec.language_model.batches import BLANK, IGNORED, Collator, EpochOrder, Lines, pack
-from minionerec.language_model.checkpoints import load_tokenizer, new_model, save_trained
-from minionerec.language_model.new_tokens import add_tokens
-from minionerec.language_model.tokenizing import Rows, cut, tokenize, tokenize_cached
-
-PROMPTS = Prompts(category="Toys_and_Games")
-
-
-def rows_of(lengths, answers=None):
-    """Rows of given lengths whose tokens count up from 0."""
-    answers = answers or [min(2, n - 1) for n in lengths]
-    return Rows(np.arange(sum(lengths), dtype=np.int32), np.concatenate([[0], np.cumsum(lengths)]), np.array(answers))
-
-
-@pytest.fixture(scope="module")
-def pairs(world):
-    items = Items(read_index(world.index), read_titles(world.items))
-    train = read_sequences(world.train, items.sids, "train_file")
-    return sft_pairs(
-        dict.fromkeys([*data.parse_tasks(DEFAULT_TASKS), "title_seq2sid", "sid_walk"], 1), train, items, PROMPTS, 0
-    )
-
-
-# ------------------------------------------------------------------------------------------------ tokens
-
-
-def metaspace_tokenizer(**options):
-    """A Llama-like tokenizer: begins every text with a token of its own, and marks words with an underscore."""
-    pieces = [
-        *"▁abcdefghijklmnopqrstuvwxyzIDNTA0123456789'\n:;,<>_",
-        "▁item",
-        "▁number",
-        "er",
-        "▁the",
-        ";▁",
-        "▁b",
-        "est",
-    ]
-    backend = Tokenizer(
-        models.Unigram([("<unk>", 0.0)] + [(p, -float(i % 7) - 1) for i, p in enumerate(pieces)], unk_id=0)
-    )
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(**options)
-    backend.decoder = decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    return tokenizer
-
-
-METASPACE = {"metaspace": {}, "metaspace uncut": {"split": False}, "metaspace first": {"prepend_scheme": "first"}}
-
-
-def real_tokenizer(name):
-    if name.startswith("metaspace"):
-        return metaspace_tokenizer(**METASPACE[name])
-    if name == "qwen2.5":
-        if not QWEN_TOKENIZER.exists():
-            pytest.skip("the Qwen2.5 tokenizer is not beside the project")
-        return AutoTokenizer.from_pretrained(QWEN_TOKENIZER)
-    return copy.deepcopy(smollm2_tokenizer())
-
-
-@functools.cache
-def smollm2_tokenizer():
-    return AutoTokenizer.from_pretrained(**smollm2_file())
-
-
-@pytest.mark.parametrize("name", ["world", "qwen2.5", "smollm2", *METASPACE])
-@pytest.mark.parametrize("separator", ["; ", ", ", "|"])
-def test_tokens_are_the_tokenizers(name, separator, pairs, base_model):
-    tokenizer = load_tokenizer(base_model, "x") if name == "world" else real_tokenizer(name)
-    pairs = [*pairs, ("; ; a;b; , c, '; 1; ;x", "an answer; with a separator"), ("<a_1>; <a_9>;  <b_2>x", "<c_3>")]
-    pairs = [(prompt.replace("; ", separator), answer) for prompt, answer in pairs]
-    tokenizer.add_tokens([f"<{letter}_{code}>" for letter in "abc" for code in range(16)])
-    found = cut(pl.Series([prompt for prompt, _ in pairs]), tokenizer, separator)
-    assert (found is None) == (name == "metaspace first")  # it treats the beginning of a text apart
-    cut_at_titles = separator != "|" and name != "metaspace uncut"
-    assert found is None or any(text.startswith(" Item") for text in found[0].texts) == cut_at_titles
-    rows = tokenize(pairs, tokenizer, "!", separator)
-    for i, (prompt, answer) in enumerate(pairs):
-        answer_ids = [*tokenizer(answer + "!", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        assert rows.tokens[rows.start[i] : rows.start[i + 1]].tolist() == tokenizer(prompt)["input_ids"] + answer_ids
-        assert rows.answer[i] == len(answer_ids)
-
-
-def test_a_lookalike_of_a_sid_token_is_tokenised_whole(base_model):
-    tokenizer = load_tokenizer(base_model, "x")
-    tokenizer.add_tokens(["<a_1>"])
-    prompts = pl.Series(["by <a_1>", "by <a_2>"])
-    assert cut(prompts, tokenizer, "; ") is None and cut(prompts[:1], tokenizer, "; ") is not None
-    assert cut(pl.Series(["\x01"]), tokenizer, "; ") is None
-    for text in ("a < b <a_1>", "1 <2> 3", "->", "<a_1"):
-        assert cut(pl.Series([text, "<a_1>"]), tokenizer, "; ") is None
-
-
-def test_cached_rows_are_read_and_another_tokenizer_misses(pairs, base_model, tmp_path, capsys, monkeypatch):
-    tokenizer = load_tokenizer(base_model, "x")
-    first = tokenize_cached(pairs, tokenizer, "", "; ", tmp_path)
-    assert capsys.readouterr().out == "" and len(list(tmp_path.iterdir())) == 1
-    monkeypatch.setattr("tokens.tokenize", None)  # a second start must not come here
-    again = tokenize_cached(pairs, tokenizer, "", "; ", tmp_path)
-    assert "rows as tokens from" in capsys.readouterr().out
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    monkeypatch.undo()
-    tokenizer.add_tokens(["<a_1>"])
-    tokenize_cached(pairs, tokenizer, "", "; ", tmp_path)
-    tokenize_cached(pairs[1:], tokenizer, "", "; ", tmp_path)
-    tokenize_cached(pairs, tokenizer, ".", "; ", tmp_path)
-    assert len(list(tmp_path.iterdir())) == 4
-
-
-def test_a_long_prompt_loses_its_beginning():
-    rows = rows_of([5, 3, 9]).trimmed(4)
-    assert [rows.tokens[a:b].tolist() for a, b in zip(rows.start, rows.start[1:], strict=False)] == [
-        [1, 2, 3, 4],
-        [5, 6, 7],
-        [13, 14, 15, 16],
-    ]
-    with pytest.raises(UserError, match="--cutoff_len 2 leaves no room beside an answer of 2 tokens"):
-        rows.trimmed(2)
-
-
-# ------------------------------------------------------------------------------------------------ lines and order
-
-
-def test_packed_lines_hold_every_row_once():
-    lengths = np.random.default_rng(0).integers(2, 60, 500)
-    lines = Lines(rows_of(lengths.tolist()), capacity=64)
-    assert sorted(row for line in lines.rows_of for row in line) == list(range(500))
-    assert lines.lengths.max() <= 64 and lines.lengths.mean() > 0.94 * 64
-    assert pack(np.array([3, 3, 2]), 5) == [[0, 2], [1]]
-
-
-def test_order_is_of_seed_and_epoch_and_ends_with_blanks():
-    lengths = np.random.default_rng(0).integers(5, 100, 1000)
-    order = EpochOrder(lengths, 64, seed=1, by_length=True)
-    first = order.order()
-    assert (
-        len(first) == len(order) == 1024 and first[1000:] == [BLANK] * 24 and sorted(first[:1000]) == list(range(1000))
-    )
-    assert first == EpochOrder(lengths, 64, seed=1, by_length=True).order()
-    order.set_epoch(1)
-    assert order.order() != first
-    assert EpochOrder(lengths, 64, seed=2, by_length=True).order() != first
-    grouped, shuffled = (EpochOrder(lengths, 64, 1, by_length=by).padding_share(8) for by in (True, False))
-    assert grouped < 0.1 < 0.3 < shuffled
-
-
-@functools.cache
-def industrial():
-    """(SIDs, items, train samples) of the real data set."""
-    sids = read_index(next(INDUSTRIAL.glob("index/*.index.json")))
-    items = Items(sids, read_titles(next(INDUSTRIAL.glob("index/*.item.json"))))
-    return sids, items, read_sequences(next(INDUSTRIAL.glob("train/*.csv")), sids, "train_file")
-
-
-@pytest.mark.skipif(not INDUSTRIAL.exists(), reason="the Industrial data set is not beside the project")
-@pytest.mark.parametrize("packing", [False, True])
-def test_padding_of_real_rows_stays_under_a_tenth(packing):
-    sids, items, train = industrial()
-    tokenizer = real_tokenizer("smollm2")
-    tokenizer.add_tokens(codebook_tokens(sids))
-    rows = tokenize(sft_pairs(data.parse_tasks(DEFAULT_TASKS), train, items, PROMPTS, 0)[::8], tokenizer, "", "; ")
-    lines = Lines(rows.trimmed(512), 512 if packing else 0)
-    assert EpochOrder(lines.lengths, 64, 0, by_length=not packing).padding_share(8) < 0.1
-
-
-def test_batches_show_blank_lines_no_loss():
-    lines = Lines(rows_of([4, 6]))
-    batch = Collator(pad_token_id=99)([lines[0], lines[BLANK], lines[1]])
-    assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 99, 99], [99] * 6, [4, 5, 6, 7, 8, 9]]
-    assert batch["labels"].tolist() == [[-100, -100, 2, 3, -100, -100], [-100] * 6, [-100] * 4 + [8, 9]]
-    packed = Collator(99, packed=True)([Lines(rows_of([4, 3, 6]), capacity=8)[1], []])
-    assert packed["input_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6], [99] * 7]
-    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6]]
-    assert packed["labels"].tolist() == [[-100, -100, 2, 3, -100, 5, 6], [-100] * 7]
-
-
-# ------------------------------------------------------------------------------------------------ the loss
-
-SMALL = {"vocab_size": 120, "max_position_embeddings": 256}
-ARCHITECTURES = {
-    "qwen2": Qwen2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, **SMALL),
-    "llama": LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=False, **SMALL),
-    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, vocab_size=120),
-}  # fmt: skip
-
-
-def random_model(name):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(ARCHITECTURES[name], dtype=torch.float32).eval()
-
-
-def plain_loss_and_gradients(model, rows, side="right"):
-    """Mean loss over answers by full logits of padded rows with a mask: what any trainer does."""
-    longest = rows.lengths.max()
-    ids, labels = (
-        torch.zeros(len(rows.answer), longest, dtype=torch.long),
-        torch.full((len(rows.answer), longest), IGNORED),
-    )
-    mask = torch.zeros_like(ids)
-    for i, length in enumerate(rows.lengths):
-        begin = 0 if side == "right" else longest - length
-        tokens = torch.from_numpy(rows.tokens[rows.start[i] : rows.start[i + 1]]).long()
-        ids[i, begin : begin + length], mask[i, begin : begin + length] = tokens, 1
-        labels[i, begin + length - rows.answer[i] : begin + length] = tokens[-rows.answer[i] :]
-    model.zero_grad()
-    loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-    loss.backward()
-    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("capacity", [0, 40])
-def test_loss_and_gradients_equal_the_plain_ones(name, capacity):
-    assert_loss_and_gradients_equal(random_model(name), random_rows(9), capacity)
-
-
-@pytest.mark.skipif(not INDUSTRIAL.exists(), reason="the Industrial data set is not beside the project")
-@pytest.mark.parametrize("capacity", [0, 200])
-def test_loss_and_gradients_equal_the_plain_ones_on_real_rows(capacity):
-    sids, items, train = industrial()
-    tokenizer = smollm2_tokenizer()
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens(codebook_tokens(sids))
-    pairs = sft_pairs(dict.fromkeys(data.parse_tasks(DEFAULT_TASKS), 1), train, items, PROMPTS, 0)
-    rows = tokenize(pairs[:: len(pairs) // 12], tokenizer, "", "; ").trimmed(150)
-    config = copy.deepcopy(ARCHITECTURES["qwen2"])
-    config.vocab_size = len(tokenizer)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    assert_loss_and_gradients_equal(model, rows, capacity)
-
-
-def assert_loss_and_gradients_equal(model, rows, capacity):
-    expected, gradients = plain_loss_and_gradients(model, rows)
-
-    lines = Lines(rows, capacity)
-    batch = Collator(0, packed=capacity > 0)([*(lines[i] for i in range(len(lines))), []])
-    labels, seen = batch.pop("labels"), []
-    model.get_output_embeddings().register_forward_hook(lambda head, inputs, output: seen.append(tuple(output.shape)))
-    model.zero_grad()
-    outputs = sft.AnswerLogits(model).of(labels, lambda: model(**batch, use_cache=False))
-    loss = sft.answer_loss(outputs, labels)
-    loss.backward()
-    assert seen == [(rows.answer.sum(), model.config.vocab_size)]  # no logits but the answers'
-    assert loss.item() == pytest.approx(expected, abs=1e-6)
-    for parameter, value in model.named_parameters():
-        torch.testing.assert_close(value.grad, gradients[parameter], atol=1e-6, rtol=1e-5)
-
-
-def train(tmp_path, model, rows, valid=None, capacity=0, **arguments):
-    """Two epochs of SFTTrainer on given rows; returns the trainer."""
-    lines = Lines(rows, capacity)
-    args = sft.TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, num_train_epochs=2, learning_rate=1e-2, seed=1, logging_steps=1,
-        save_strategy="no", report_to=[], remove_unused_columns=False, disable_tqdm=True, **arguments,
-    )  # fmt: skip
-    size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    trainer = sft.SFTTrainer(
-        model=model, args=args, train_dataset=lines, eval_dataset=Lines(valid or rows),
-        data_collator=Collator(0, packed=capacity > 0), order=EpochOrder(lines.lengths, size, 1, by_length=True),
-    )  # fmt: skip
-    trainer.train()
-    return trainer
-
-
-def random_rows(n=21):
-    generator = np.random.default_rng(3)
-    rows = rows_of(generator.integers(6, 20, n).tolist(), generator.integers(1, 5, n).tolist())
-    return rows._replace(tokens=generator.integers(1, 120, len(rows.tokens)).astype(np.int32))
-
-
-def test_accumulation_does_not_change_the_run(tmp_path):
-    runs = [
-        train(tmp_path / "a", random_model("qwen2"), random_rows(), per_device_train_batch_size=8),
-        train(tmp_path / "b", random_model("qwen2"), random_rows(), per_device_train_batch_size=1, gradient_accumulation_steps=8),
-    ]  # fmt: skip
-    losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in runs]
-    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=1e-5)
-    for one, other in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-
-
-def test_evaluation_is_the_mean_over_all_answer_tokens(tmp_path):
-    rows = random_rows(11)
-    trainer = train(tmp_path, random_model("gpt2"), rows, per_device_train_batch_size=4, per_device_eval_batch_size=4)
-    measured = trainer.evaluate()["eval_loss"]
-    trainer.model.eval()
-    assert measured == pytest.approx(plain_loss_and_gradients(trainer.model, rows)[0], abs=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------ what is trained
-
-
-@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2"])  # tied, untied, tied
-def test_frozen_llm_trains_the_new_rows_alone(tmp_path, name):
-    model = random_model(name)
-    base = copy.deepcopy(model.state_dict())
-    new = list(range(100, 120))
-    trainer = train(
-        tmp_path,
-        train_rows_alone(model, new, "x"),
-        random_rows(),
-        per_device_train_batch_size=8,
-        weight_decay=0.1,
-    )
-    states = [state["exp_avg"].shape for state in trainer.optimizer.state.values()]
-    matrices = 2 if name == "llama" else 1
-    assert states == [(20, 32)] * matrices  # optimizer state is for the new rows and nothing else
-    merged = trainer.model.merge_and_unload().state_dict()
-    assert merged.keys() == base.keys()
-    embeddings = [key for key in base if base[key].shape == (120, 32)]
-    for key in base:
-        if key in embeddings:
-            assert torch.equal(merged[key][:100], base[key][:100])
-            assert (merged[key][100:] != base[key][100:]).any(dim=1).all()
-        else:
-            assert torch.equal(merged[key], base[key])
-
-
-def test_freezing_without_new_tokens_is_refused():
-    with pytest.raises(UserError, match="base already knows every SID token: there is no new row to train"):
-        train_rows_alone(random_model("qwen2"), [], "base")
-
-
-@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2"])
-def test_lora_trains_adapters_and_new_rows_and_saves_them_merged(tmp_path, name, base_model):
-    model = random_model(name)
-    base = copy.deepcopy(model.state_dict())
-    adapted = add_lora(model, list(range(100, 120)), 4, 8, 0.0, "all-linear")
-    trainer = train(tmp_path / "run", adapted, random_rows(), per_device_train_batch_size=8)
-    trainer.model.eval()
-    ids = torch.arange(90, 118)[None]
-    expected = trainer.model(input_ids=ids).logits
-    trainer.processing_class = load_tokenizer(base_model, "x")
-    save_trained(trainer, data.DEFAULT_TEMPLATE, tmp_path / "saved")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    torch.testing.assert_close(plain(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
-    saved = plain.state_dict()
-    assert saved.keys() == base.keys()
-    inner = [key for key in base if ".0." in key and base[key].ndim == 2]  # the first layer's matrices
-    assert inner and all(not torch.equal(saved[key], base[key]) for key in inner)
-    for key in base:
-        if base[key].shape == (120, 32):
-            assert torch.equal(saved[key][:100], base[key][:100]) and not torch.equal(saved[key][100:], base[key][100:])
-
-
-@pytest.mark.parametrize("name", ["qwen2", "llama"])
-@pytest.mark.parametrize("adapt", [train_rows_alone, add_lora])
-def test_search_with_adapters_is_search_with_merged_weights(tmp_path, name, adapt):
-    arguments = ("x",) if adapt is train_rows_alone else (4, 8, 0.0, "all-linear")
-    trainer = train(
-        tmp_path,
-        adapt(random_model(name), list(range(100, 120)), *arguments),
-        random_rows(),
-        per_device_train_batch_size=8,
-    )
-    trie = Trie.build([[100 + i, 110 + j] for i in range(5) for j in range(5)])
-    ids = torch.arange(1, 13).view(2, 6)
-    trainer.model.eval()
-    found = beam_search(trainer.model, trie, ids, torch.ones_like(ids), 8)
-    merged = beam_search(trainer.model.merge_and_unload(), trie, ids, torch.ones_like(ids), 8)
-    assert torch.equal(found.row, merged.row)
-    torch.testing.assert_close(found.score, merged.score, atol=1e-5, rtol=1e-5)
-
-
-def test_lora_names_a_module_that_is_not_there():
-    with pytest.raises(UserError, match="--lora_target_modules nonsense"):
-        add_lora(random_model("qwen2"), [100], 4, 8, 0.0, "nonsense")
-
-
-def test_rows_start_from_their_items_text(base_model, world):
-    tokenizer, model = load_tokenizer(base_model, "x"), new_model(base_model, "x")
-    items = Items(read_index(world.index), read_titles(world.items))
-    add_tokens(model, tokenizer, codebook_tokens(items.sids), items)
-    weight = model.get_input_embeddings().weight
-    carriers = [i for i, sid in enumerate(items.sids) if "<b_2>" in sid]
-    means = [weight[tokenizer(items.titles[i], add_special_tokens=False)["input_ids"]].mean(0) for i in carriers]
-    row = weight[tokenizer.convert_tokens_to_ids("<b_2>")]
-    torch.testing.assert_close(row, torch.stack(means).mean(0), atol=1e-6, rtol=1e-5)
-    unused = weight[tokenizer.convert_tokens_to_ids("<b_3>")]  # K = 4 codes a level, of which level b uses three
-    assert unused.abs().sum() > 0 and not torch.equal(unused, row)
-
-
-# ------------------------------------------------------------------------------------------------ tasks
-
-
-def example_table() -> str:
-    """What every task makes of one sample, as the README shows it."""
-    sids = ["<a_1><b_7><c_2>", "<a_1><b_3><c_9>", "<a_4><b_0><c_5>"]
-    items = Items(sids, ["Desk lamp", "Light bulb", "Picture hook"])
-    sample = {"user": ["u"], "history": [[0, 1]], "target": [2], "preference": ["Bright rooms."]}
-    sequences = pl.DataFrame(sample)
-    prompts = Prompts(category="Office_Products")
-    lines = ["| task | prompt | answer |", "|---|---|---|"]
-    for name, pairs in SFT_TASKS.items():
-        prompt, answer = next(iter(pairs(sequences, items, prompts)))
-        lines.append(f"| `{name}` | `{prompt.encode('unicode_escape').decode()}` | `{answer}` |")
-    return "\n".join(lines)
-
-
-def test_readme_shows_the_tasks_as_they_are():
-    assert example_table() in (ROOT / "README.md").read_text(encoding="utf-8"), f"README.md wants\n{example_table()}"
-
-
-def test_preferences_ask_and_answer_only_where_there_are_any(tmp_path):
-    (tmp_path / "p.json").write_text(json.dumps({"u1": " likes\n lamps "}))
-    sequences = pl.DataFrame({"user": ["u0", "u1"], "history": [[0], [1]], "target": [1, 0]})
-    items = Items(["<a_0>", "<a_1>"], ["x", "y"])
-    joined = sequences.join(data.read_preferences(tmp_path / "p.json"), on="user", how="left")
-    weights = {"sid_seq2preference": 1, "preference2sid": 1}
-    to_text, to_sid = sft_pairs(weights, joined, items, PROMPTS, 0)
-    assert "<a_1>" in to_text[0] and to_text[1] == "likes lamps" and "likes lamps" in to_sid[0] and to_sid[1] == "<a_0>"
-    with pytest.raises(UserError, match="need --user_preference_file"):
-        sft_pairs(weights, sequences, items, PROMPTS, 0)
-    with pytest.raises(UserError, match="user u1's text holds <a_0>"):
-        sft_pairs(weights, joined.with_columns(preference=pl.lit("wants <a_0>")), items, PROMPTS, 0)
-    (tmp_path / "p.json").write_text(json.dumps({"u1": ["lamps"]}))
-    with pytest.raises(UserError, match="user 'u1' has .*expected a text"):
-        data.read_preferences(tmp_path / "p.json")
-
-
-# ------------------------------------------------------------------------------------------------ bad input
+from minionerec.language_model import checkpoints, sft_trainer
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_equal_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def options(world, base_model, tmp_path):
+    """Makes options of a training of seconds: 57 rows, 8 steps, 4 evaluations."""
+    files = {"train_file": world.train, "eval_file": world.valid, "base_model": base_model}
+    files |= {"sid_index_path": world.index, "item_meta_path": world.items, "cache_dir": tmp_path / "cache"}
+    values = {"batch_size": 16, "micro_batch_size": 8, "num_epochs": 2, "eval_step": 2, "learning_rate": 5e-3}
+    values |= {"sft_tasks": "sid_seq", "train_rows": 57, "category": "Toys_and_Games"}
+
+    def make(output="sft", **more):
+        paths = {name: str(path) for name, path in files.items()} | {"output_dir": str(tmp_path / output)}
+        return sft.Options(**paths | values | more)
+
+    return make
+
+
+class Killed(Exception):
+    """What the tests raise in the middle of a run."""
+
+
+def kill_after(monkeypatch, saves: int):
+    """From here on a run dies when it has written so many checkpoints."""
+    usual, count = checkpoints.KeepCheckpoints.on_save, iter(range(1, 100))
+
+    def on_save(self, *args, **kwargs):
+        usual(self, *args, **kwargs)
+        if next(count) == saves:
+            raise Killed
+
+    monkeypatch.setattr(checkpoints.KeepCheckpoints, "on_save", on_save)
+
+
+def killed(options, saves: int = 2) -> Path:
+    """The folder of a run that died after so many checkpoints."""
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Killed):
+        kill_after(monkeypatch, saves)
+        sft.main(options)
+    return Path(options.output_dir)
+
+
+# ------------------------------------------------------------------------------------------------ options
 
 
 @pytest.mark.parametrize(
@@ -464,60 +89,298 @@ def test_preferences_ask_and_answer_only_where_there_are_any(tmp_path):
         ({"freeze_LLM": True, "use_lora": True}, "exclude each other"),
         ({"freeze_LLM": True, "train_from_scratch": True}, "random weights"),
         ({"sid_init": "zeros"}, "--sid_init zeros: expected mean or text"),
-        ({"report_to": "paper"}, "--report_to paper"),
+        ({"sid_tokens": "all"}, "--sid_tokens all: expected codebook or used"),
+        ({"report_to": "paper"}, "--report_to paper: expected none or wandb or tensorboard"),
+        ({"lr_scheduler_type": "sine"}, "--lr_scheduler_type sine: expected one of linear, cosine"),
+        ({"num_epochs": 0}, "--num_epochs 0: expected more than 0"),
+        ({"learning_rate": float("nan")}, "--learning_rate nan: expected a finite number"),
+        ({"eval_step": 1.5}, "--eval_step 1.5: expected a number of steps, or a share"),
+        ({"train_rows": 0}, "--train_rows 0: expected at least 1, or -1 for all"),
+        ({"batch_size": 0}, "--batch_size 0: expected at least 1"),
+        ({"max_history": -1}, "--max_history -1: expected at least 1"),
     ],
 )
 def test_options_that_cannot_work(flags, message):
     with pytest.raises(UserError, match=message):
-        sft.Options(**flags).check()
+        sft.Options(**flags)
 
 
-def test_metric_that_the_beams_cannot_give(world, policy):
-    train = read_sequences(world.train, policy.items.sids, "train_file")
-    options = sft.Options(metric_for_best_model="HR@50", eval_beams=20)
-    with pytest.raises(UserError, match=r"--metric_for_best_model HR@50: expected eval_loss or, with 20 beams"):
-        sft.build_validation(options, policy.items, train, train, PROMPTS, policy.tokenizer)
+def test_batch_sizes_that_do_not_divide(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="100 .* 8 x 2 processes = 16; .*: 96 or 112"):
+        sft.Options(batch_size=100, micro_batch_size=8)
+    assert sft.Options(batch_size=96, micro_batch_size=8).accumulation_steps() == 6
 
 
-def test_rows_longer_than_the_models_positions_are_refused():
-    from minionerec.language_model import memory as preflight
+def test_metrics_that_the_beams_cannot_give(options, world, policy):
+    made = options(metric_for_best_model="HR@50", eval_beams=20)
+    with pytest.raises(UserError, match=r"--metric_for_best_model HR@50: expected eval_loss, or with --eval_beams 20"):
+        sft.build_validation(made, sft.read_data(made), Prompts(), policy.tokenizer)
 
-    rows = rows_of([300])
-    order = SimpleNamespace()
-    with pytest.raises(
-        UserError, match="the longest row has 300 tokens, the model 256 positions; lower --cutoff_len to 256"
-    ):
-        preflight.check_and_print(random_model("gpt2"), [], Lines(rows), order, None)
+
+def test_one_process_uses_one_gpu(capsys):
+    """transformers would use DataParallel on all of them, with a larger batch."""
+    args = SimpleNamespace(n_gpu=4, _n_gpu=4)
+    assert use_one_gpu(args)._n_gpu == 1 and "one process uses one of the 4 GPUs" in capsys.readouterr().out
+    assert use_one_gpu(SimpleNamespace(n_gpu=1)).n_gpu == 1 and not capsys.readouterr().out
+
+
+def test_help_and_a_finished_stage_load_no_heavy_library(sft_checkpoint, world, base_model):
+    environment = sft_environment(world, base_model, sft_checkpoint)
+    code = """
+import sys, sft
+from minionerec.common.options import parse
+heavy = {"torch", "polars", "trl", "peft", "accelerate"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+sft.main(parse(sft.Options, []))
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+"""
+    own = {name: str(value) for name, value in environment.items()} | {"MINIONEREC_VARIABLES": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | own, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "complete with these options, nothing to do" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------ tasks
+
+
+def example_table() -> str:
+    """What every task makes of one sample, as docs/sft.md shows it."""
+    sids = ["<a_1><b_7><c_2>", "<a_1><b_3><c_9>", "<a_4><b_0><c_5>"]
+    items = Items(sids, ["Desk lamp", "Light bulb", "Picture hook"])
+    sequences = pl.DataFrame({"user": ["u"], "history": [[0, 1]], "target": [2], "preference": ["Bright rooms."]})
+    prompts = Prompts(category="Office_Products")
+    lines = ["| task | prompt | answer |", "|---|---|---|"]
+    for name, task in data.TASKS.items():
+        example = next(iter(task.examples(sequences, items, prompts)))
+        lines.append(f"| `{name}` | `{example.prompt.encode('unicode_escape').decode()}` | `{example.answer}` |")
+    return "\n".join(lines)
+
+
+def test_the_documentation_shows_the_tasks_as_they_are():
+    page = (ROOT / "docs" / "sft.md").read_text(encoding="utf-8")
+    assert example_table() in page, f"docs/sft.md wants\n{example_table()}"
+    assert sft.Options().sft_tasks == data.DEFAULT_TASKS
 
 
 # ------------------------------------------------------------------------------------------------ the whole stage
 
 
-@pytest.mark.parametrize("name, tokenizer", [("llama", "smollm2"), ("gpt2", "smollm2"), ("qwen2", "qwen2.5")])
-def test_any_causal_lm_folder_is_a_base_model(world, tmp_path, name, tokenizer):
-    tokenizer = real_tokenizer(tokenizer)
-    config = copy.deepcopy(ARCHITECTURES[name])
-    config.vocab_size = len(tokenizer)
+@pytest.mark.parametrize("name, tokenizer", [("llama", "smollm2"), ("phi", "smollm2"), ("qwen2", "qwen2.5")])
+def test_any_causal_lm_folder_is_a_base_model(options, tmp_path, name, tokenizer):
+    tokenizer = tokenizer_named(tokenizer, None)
+    config = config_of(name, vocab_size=len(tokenizer))
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    files = {
-        "train_file": world.train,
-        "eval_file": world.valid,
-        "sid_index_path": world.index,
-        "item_meta_path": world.items,
-    }
-    files |= {"base_model": tmp_path / "base", "output_dir": tmp_path / "sft", "cache_dir": tmp_path / "cache"}
-    options = {
-        "batch_size": 32,
-        "micro_batch_size": 16,
-        "num_epochs": 1,
-        "eval_step": 0.5,
-        "sft_tasks": "sid_seq,sid2title",
-    }
-    options |= {"metric_for_best_model": "NDCG@10", "sid_init": "text", "category": "Toys_and_Games"}
-    sft.main(sft.Options(**{key: str(value) for key, value in files.items()}, **options))
-    saved, base = load_file(tmp_path / "sft" / "model.safetensors"), load_file(tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "eos_token_id": 0}')
+    more = {"metric_for_best_model": "NDCG@10", "sid_init": "text", "sft_tasks": "sid_seq,sid2title", "num_epochs": 1}
+    sft.main(options(base_model=str(tmp_path / "base"), **more))
+    saved, base = weights(tmp_path / "sft"), weights(tmp_path / "base")
     assert saved.keys() == base.keys() and any(not torch.equal(saved[key], base[key]) for key in base)
     again = AutoTokenizer.from_pretrained(tmp_path / "sft")
     assert len(again("<a_3><b_0><c_2>", add_special_tokens=False)["input_ids"]) == 3
     AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
+
+
+def test_a_checkpoint_is_whole(sft_checkpoint, base_model):
+    names = {path.name for path in sft_checkpoint.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "prompt.yaml", "minionerec.json", "run.json"} <= names
+    assert not any(name.startswith("checkpoint-") for name in names)
+    assert checkpoints.load_settings(sft_checkpoint) == checkpoints.Settings("Toys_and_Games", 10, "vocab")
+    tokenizer = AutoTokenizer.from_pretrained(sft_checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(sft_checkpoint)
+    assert len(tokenizer("<a_3><b_0><c_2>")["input_ids"]) == 3
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    assert not torch.equal(weights(sft_checkpoint)["model.norm.weight"], weights(base_model)["model.norm.weight"])
+
+
+@pytest.mark.parametrize("state", ["truncation", "padding"])
+def test_state_of_the_base_tokenizer_does_not_change_the_weights(options, base_model, tmp_path, state):
+    sft.main(options("clean"))
+    shutil.copytree(base_model, tmp_path / "used")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "used")
+    call = {"truncation": True, "max_length": 8} if state == "truncation" else {"padding": True}
+    tokenizer(["a red lamp and a long steel cable", "a lamp"], **call)
+    tokenizer.save_pretrained(tmp_path / "used")
+    sft.main(options("stained", base_model=str(tmp_path / "used"), cache_dir=str(tmp_path / "other cache")))
+    assert_equal_weights(tmp_path / "clean", tmp_path / "stained")
+
+
+def test_a_model_that_evaluation_cannot_decode_is_refused_before_the_training(options, base_model, tmp_path):
+    shutil.copytree(base_model, tmp_path / "base")
+    config = config_of("mamba", vocab_size=len(AutoTokenizer.from_pretrained(base_model)))
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="MambaForCausalLM cannot decode a tree of tokens"):
+        sft.main(options(base_model=str(tmp_path / "base")))
+
+
+def test_a_few_long_steps_still_end_with_an_evaluation(options, tmp_path, capsys):
+    sft.main(options(eval_step=1000))
+    assert "best eval_loss: " in capsys.readouterr().out
+
+
+def test_an_index_of_another_data_set_is_refused(options, tmp_path):
+    (tmp_path / "x.index.json").write_text(json.dumps({"0": ["<a_0>"]}))
+    with pytest.raises(UserError, match="found 48 items, expected the 1"):
+        sft.main(options(sid_index_path=str(tmp_path / "x.index.json")))
+    assert not (tmp_path / "sft" / "model.safetensors").exists()
+    sft.main(options(num_epochs=1))  # the failed start does not stand in the way
+
+
+# ------------------------------------------------------------------------------------------------ nothing is lost
+
+
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(options, tmp_path):
+    sft.main(options("whole"))
+    folder = killed(options("killed"))
+    assert not (folder / "model.safetensors").exists()
+    for checkpoint in checkpoints.numbered_checkpoints(folder):
+        assert checkpoints.load_settings(checkpoint).category == "Toys_and_Games"
+        assert (checkpoint / "prompt.yaml").read_bytes() == sft.TEMPLATE.read_bytes()
+    sft.main(options("killed"))
+    assert_equal_weights(tmp_path / "whole", folder)
+    assert not checkpoints.numbered_checkpoints(folder)
+
+
+def test_options_that_do_not_shape_the_result_resume(options, tmp_path, monkeypatch, capsys):
+    """Also where their value names a file or folder that changes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tensorboard").mkdir()
+    folder = killed(options(report_to="none"))
+    before = {path.name for path in checkpoints.numbered_checkpoints(folder)}
+    assert before
+    (tmp_path / "tensorboard" / "log").write_text("changed")
+    more = {"micro_batch_size": 2, "gradient_checkpointing": True, "cache_dir": "", "wandb_run_name": "tensorboard"}
+    started = []
+    usual = sft_trainer.SFTTrainer.train
+    monkeypatch.setattr(
+        sft_trainer.SFTTrainer,
+        "train",
+        lambda self, resume_from_checkpoint: (
+            started.append(Path(resume_from_checkpoint).name),
+            usual(self, resume_from_checkpoint=resume_from_checkpoint),
+        ),
+    )
+    sft.main(options(**more))
+    assert started == [max(before, key=lambda name: int(name.rpartition("-")[2]))]
+    sft.main(options(micro_batch_size=16))
+    assert "nothing to do" in capsys.readouterr().out and len(started) == 1
+
+
+def test_a_run_with_other_settings_keeps_the_checkpoints_of_the_first(options, tmp_path):
+    folder = killed(options())
+    before = [path.name for path in checkpoints.numbered_checkpoints(folder)]
+    with pytest.raises(UserError, match="learning_rate is 0.005 there and 0.001 now"):
+        sft.main(options(learning_rate=1e-3))
+    assert [path.name for path in checkpoints.numbered_checkpoints(folder)] == before
+    sft.main(options(learning_rate=1e-3, overwrite=True))
+    moved = checkpoints.numbered_checkpoints(tmp_path / "sft.1")
+    assert [path.name for path in moved] == before and all(map(checkpoints.is_complete, moved))
+
+
+def test_the_checkpoint_that_a_run_was_resumed_from_stays(options):
+    folder = killed(options(), saves=1)
+    first = checkpoints.last_checkpoint(folder)
+    sft.main(options(resume_from_checkpoint=first))
+    assert [str(path) for path in checkpoints.numbered_checkpoints(folder)] == [first]
+    assert checkpoints.is_complete(first) and (folder / "model.safetensors").exists()
+
+
+def test_early_stopping_remembers_its_patience(options, monkeypatch):
+    """Nothing improves without a learning rate: of 8 evaluations the third is the last."""
+    flat = {"learning_rate": 0.0, "early_stopping_patience": 2, "eval_step": 1}
+    usual, evaluations = sft_trainer.SFTTrainer.evaluate, []
+    monkeypatch.setattr(
+        sft_trainer.SFTTrainer,
+        "evaluate",
+        lambda self, *args, **kwargs: (evaluations.append(self.state.global_step), usual(self, *args, **kwargs))[1],
+    )
+    sft.main(options("whole", **flat))
+    assert evaluations == [1, 2, 3]
+    evaluations.clear()
+    killed(options("killed", **flat), saves=2)
+    sft.main(options("killed", **flat))
+    assert evaluations == [1, 2, 3]
+    evaluations.clear()
+    killed(options("late", **flat), saves=3)  # after the patience has run out, before the weights are saved
+    sft.main(options("late", **flat))
+    assert evaluations == [1, 2, 3]
+
+
+# ------------------------------------------------------------------------------------------------ slow
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["", "FREEZE_LLM", "USE_LORA"])
+def test_sft_sh_killed_by_a_signal_resumes_to_the_same_weights(world, base_model, tmp_path, trained):
+    settings = {"EVAL_STEP": 0.1, "NUM_EPOCHS": 4}
+    if trained:
+        settings |= {"TRAIN_FROM_SCRATCH": "False", trained: "True", "PACKING": "True"}
+    run_stage("sft.sh", env=sft_environment(world, base_model, tmp_path / "whole", **settings))
+    folder = tmp_path / "killed"
+    killed_midway("sft.sh", sft_environment(world, base_model, folder, **settings), folder)
+    assert not (folder / "model.safetensors").exists()
+    run_stage("sft.sh", env=sft_environment(world, base_model, folder, **settings))
+    whole, resumed = weights(tmp_path / "whole"), weights(folder)
+    for name in whole:
+        torch.testing.assert_close(resumed[name], whole[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_train_as_one(world, base_model, tmp_path):
+    for processes in (1, 2):  # 57 rows: the last batch of an epoch is not full
+        environment = sft_environment(world, base_model, tmp_path / str(processes), NPROC=processes, TRAIN_ROWS=57)
+        run_stage("sft.sh", env=environment | {"SFT_TASKS": "sid_seq", "METRIC_FOR_BEST_MODEL": "NDCG@10"})
+    one, two = (weights(tmp_path / str(n)) for n in (1, 2))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("metric", ["eval_loss", "NDCG@10"])
+def test_fewer_validation_rows_than_processes(world, base_model, tmp_path, metric):
+    header, row, *_ = world.valid.read_text().splitlines()
+    (tmp_path / "valid.csv").write_text(f"{header}\n{row}\n")
+    more = {"NPROC": 2, "EVAL_FILE": tmp_path / "valid.csv", "METRIC_FOR_BEST_MODEL": metric, "SFT_TASKS": "sid_seq"}
+    run_stage("sft.sh", env=sft_environment(world, base_model, tmp_path / "sft", **more), timeout=180)
+    assert (tmp_path / "sft" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_frozen_llm_on_two_processes(world, base_model, tmp_path):
+    more = {"NPROC": 2, "TRAIN_FROM_SCRATCH": "False", "FREEZE_LLM": "True"}
+    done = run_stage("sft.sh", env=sft_environment(world, base_model, tmp_path / "frozen", **more))
+    base, frozen = weights(base_model), weights(tmp_path / "frozen")
+    name = "model.embed_tokens.weight"
+    old, new = len(base[name]), len(frozen[name])
+    assert f"{(new - old) * base[name].shape[1]:,} trained" in done.stdout
+    assert all(torch.equal(frozen[key][: len(base[key])], base[key]) for key in base)
+    more |= {"LEARNING_RATE": "0"}
+    run_stage("sft.sh", env=sft_environment(world, base_model, tmp_path / "start", **more))
+    start = weights(tmp_path / "start")[name]
+    moved = (frozen[name][old:] != start[old:]).any(dim=1)
+    assert new > old and torch.equal(start[:old], frozen[name][:old]) and moved.all()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["zero2_opt", "zero3"])
+def test_sft_under_deepspeed_is_killed_and_resumes(world, base_model, tmp_path, config):
+    def environment(name):
+        settings = {"NPROC": 2, "ACCELERATE_CONFIG": f"config/{config}.yaml", "EVAL_STEP": 0.2, "NUM_EPOCHS": 3}
+        return sft_environment(world, base_model, tmp_path / name, SFT_TASKS="sid_seq,title2sid", **settings)
+
+    run_stage("sft.sh", env=environment("whole"))
+    killed_midway("sft.sh", environment("killed"), tmp_path / "killed")
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    run_stage("sft.sh", env=environment("killed"))
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert whole.keys() == resumed.keys()
+    for key in whole:
+        torch.testing.assert_close(resumed[key].float(), whole[key].float(), atol=1e-2, rtol=1e-2)  # bf16
+    AutoModelForCausalLM.from_pretrained(tmp_path / "killed")
