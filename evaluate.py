@@ -242,8 +242,7 @@ def write(options: Options, outputs: Outputs, settings, data, rows, found: Mappi
     with atomic_file(outputs.parquet, "wb") as f:
         pl.DataFrame(predictions, infer_schema_length=None).write_parquet(f)
 
-    targets, seen = rows["target"].to_list(), {"all": None, "unseen": rows["seen"].to_list()}
-    ranks = {name: protocols.of_beams(found[name].sid_rows, targets, data.catalog, seen[name]) for name in found}
+    ranks = protocols.by_beams({name: each.sid_rows for name, each in found.items()}, rows, data.catalog)
     protocols.write_ranks(outputs.ranks, ranks)
     cutoffs = [k for k in CUTOFFS if k <= options.num_beams]  # the beams say nothing of later places
     metrics = {
@@ -315,6 +314,8 @@ def main(options: Options) -> None:
     if options.blend_path and options.blend_weight == ["auto"]:
         options.require("blend_valid_file")
     outputs = Outputs.of(options.result_json_data)
+    if outputs.predictions.is_dir():
+        raise UserError(f"--result_json_data {outputs.predictions}: found a folder, expected the name of a file")
     process = join_processes() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
     record = on_main_process(lambda: begin(options, outputs))
     if record.complete:

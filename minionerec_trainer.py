@@ -21,6 +21,7 @@ import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -40,6 +41,7 @@ from minionerec.evaluation.validation import Validation, model_for_search
 
 DRAWN = 1.5  # completions that dynamic sampling draws for each one that it keeps
 MEAN_OVER_ROWS = ("grpo", "sapo", "dr_grpo", "luspo")  # losses of TRL that divide by rows, masked ones included
+START = "start_hits.npy"  # in a checkpoint: which validation rows the first evaluation hits
 REFERENCE = "reference.safetensors"  # in a checkpoint: the reference model, if --sync_ref_model moves it
 GENERATION = "generation-{process}.pt"  # in a checkpoint: a generation that further updates will use
 
@@ -115,7 +117,9 @@ class ReReTrainer(GRPOTrainer):
     add_gt: if a group does not contain the target, the target replaces its last completion;
     mask_all_zero: groups whose advantages are all zero are excluded from loss, normaliser and KL;
     test_beams: width of a second search whose HR and NDCG on the batch's prompts are logged; 0 for none;
-    validation: (prompts, target items) for `evaluate`, searched with `eval_beams` beams.
+    validation: (prompts, target items) for `evaluate`, searched with `eval_beams` beams;
+    keep_recall: a checkpoint cannot become the best one if its HR at the largest K that is measured is below that of the
+        first evaluation by more than the paired 95 % interval.
 
     Logged beside TRL's metrics: docs/rl.md.
     """
@@ -134,6 +138,7 @@ class ReReTrainer(GRPOTrainer):
         test_beams: int = 0,
         validation: tuple[Sequence[str], Sequence[int]] | None = None,
         eval_beams: int = 20,
+        keep_recall: bool = False,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -149,6 +154,9 @@ class ReReTrainer(GRPOTrainer):
         self.mask_all_zero = mask_all_zero
         self.test_beams = test_beams
         self.validation = validation and Validation(*validation, catalog, self.trie, eval_beams, space)
+        self.keep_recall = keep_recall
+        self._start_hits: np.ndarray | None = None  # (rows,) of the first evaluation, at the largest K
+        self._loses_recall = False
         self.aux_loss_enabled = False  # the load-balancing loss of experts cannot read a tree mask
         self._rows: list[int] = []  # of the batch's completions
         self._targets: list[int] = []  # of the batch's targets
@@ -350,13 +358,28 @@ class ReReTrainer(GRPOTrainer):
     # ---------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """HR and NDCG by item of constrained beam search on the validation rows, the same on any number of processes."""
+        """HR and NDCG by item of constrained beam search on the validation rows, the same on any number of processes.
+
+        Also the difference of HR at the largest K from the first evaluation's, and its paired 95 % interval.
+        """
         started = time.time()
-        result = {f"{metric_key_prefix}_{name}": value for name, value in self.validation.measure(self).items()}
+        ranks, k = self.validation.ranks(self), self.validation.cutoffs[-1]
+        hits = (ranks < k).astype(np.int64)
+        self._start_hits = hits if self._start_hits is None else self._start_hits
+        low, high = metrics.interval_of_mean(hits - self._start_hits, self.args.seed)
+        self._loses_recall = high < 0
+        result = metrics.table(ranks, self.validation.cutoffs)
+        result |= {f"HR@{k}_gain": float((hits - self._start_hits).mean()), f"HR@{k}_gain_low": low}
+        result |= {f"HR@{k}_gain_high": high}
+        result = {f"{metric_key_prefix}_{name}": value for name, value in result.items()}
         result |= speed_metrics(metric_key_prefix, started, num_samples=len(self.validation.prompts))
         self.log(result)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
         return result
+
+    def _determine_best_metric(self, metrics, trial):
+        """The Trainer's, without checkpoints that lose recall (`keep_recall`)."""
+        return not (self.keep_recall and self._loses_recall) and super()._determine_best_metric(metrics, trial)
 
     # ---------------------------------------------------------------------------------------- checkpoints
 
@@ -364,6 +387,8 @@ class ReReTrainer(GRPOTrainer):
         """TRL's. What is ours is written first: a checkpoint counts as complete once the trainer's state is there."""
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
+        if self._start_hits is not None and self.args.should_save:
+            np.save(folder / START, self._start_hits)
         if self.args.sync_ref_model:
             self._save_reference(folder / REFERENCE)
         if self._step % self._generate_every:
@@ -375,6 +400,8 @@ class ReReTrainer(GRPOTrainer):
         if checkpoint is None:
             return
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        if (Path(checkpoint) / START).exists():
+            self._start_hits = np.load(Path(checkpoint) / START)
         generation = Path(checkpoint) / GENERATION.format(process=self.args.process_index)
         if generation.exists():
             self._buffered_inputs = torch.load(generation, self.accelerator.device, weights_only=True)

@@ -114,7 +114,9 @@ class Options(StageOptions):
     eval_beams: int = option(20, "beams of evaluation and of --test_during_training", aliases=["--test_beam"])
     eval_batch_size: int = option(32, "prompts per search in evaluation, per process", role=RUNTIME)
     metric_for_best_model: str = option("", "HR@K or NDCG@K; default: NDCG@10, or @eval_beams if that is less")
-    keep_start: bool = option(True, "save the initial weights if no evaluation improves")
+    keep_start: bool = option(
+        True, "save the initial weights if no evaluation improves without losing HR at the largest K (docs/rl.md)"
+    )
     test_during_training: bool = option(False, "log HR and NDCG of --eval_beams beams on each batch", role=RUNTIME)
     resume_from_checkpoint: str = option("", "a checkpoint-N folder; default: the newest of this run", role=RUNTIME)
     report_to: str = option("", "wandb or tensorboard, in addition to the console", role=RUNTIME)
@@ -395,6 +397,7 @@ def build_trainer(options: Options, settings, data, rewards: list, prompts, resu
             test_beams=options.eval_beams if options.test_during_training else 0,
             validation=validation_of(data, prompts),
             eval_beams=options.eval_beams,
+            keep_recall=options.keep_start,
         )
     except ValueError as error:  # PEFT found no such modules
         if not options.use_lora:
@@ -411,13 +414,14 @@ def save_best(options: Options, trainer, prompts, settings) -> None:
     trainer.accelerator.wait_for_everyone()  # another process may still be loading the best checkpoint
     metric, best = trainer.args.metric_for_best_model, trainer.state.best_metric
     start = next(entry[metric] for entry in trainer.state.log_history if metric in entry)
-    improved = best > start
+    improved = best is not None and best > start
     if improved or not options.keep_start:
         save_trained(trainer, prompts.path, options.output_dir, settings)
     if trainer.args.process_index:
         return
     print(f"validation {metric} before training: {start:.4f}")
-    print(f"best validation {metric}: {best:.4f}, at {trainer.state.best_model_checkpoint}")
+    if best is not None:
+        print(f"best validation {metric}: {best:.4f}, at {trainer.state.best_model_checkpoint}")
     if not improved and options.keep_start:
         print(f"no evaluation improves: {options.output_dir} gets the initial weights (--keep_start False: RL's best)")
         unset_hf_deepspeed_config()  # under ZeRO-3 the model would be loaded in shards

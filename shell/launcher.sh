@@ -7,8 +7,6 @@ set -euo pipefail
 LAUNCHER=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source shell/machine.sh
-set -a
-MINIONEREC_VARIABLES=1
 
 die() { echo "error: $*" >&2; exit 2; }
 
@@ -52,3 +50,6 @@ launch() {
             --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --nproc_per_node "$NPROC" "${command[@]}" "$@"
     fi
 }
+
+set -a # from here on: functions are not exported
+MINIONEREC_VARIABLES=1

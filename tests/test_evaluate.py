@@ -314,6 +314,7 @@ def test_broken_checkpoints_are_one_line(world, copied, tmp_path, case):
         ({"base_model": "nowhere"}, "nowhere: no such file or folder; check --base_model"),
         ({"prompt_template": "nowhere.yaml"}, "nowhere.yaml: no such file"),
         ({"result_json_data": ""}, "--result_json_data is required"),
+        ({"result_json_data": "minionerec", "overwrite": True}, "--result_json_data minionerec: found a folder"),
     ],
 )
 def test_bad_options(world, checkpoint_folder, tmp_path, wrong, found):

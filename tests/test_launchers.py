@@ -134,6 +134,25 @@ def test_a_wrong_number_of_processes_is_one_line(path):
     assert done.returncode == 2 and done.stderr == "error: NPROC is '0', expected a number of processes, at least 1\n"
 
 
+WRONG_PATHS = {
+    "sft.sh": "BASE_MODEL TRAIN_FILE EVAL_FILE SID_INDEX_PATH ITEM_META_PATH OUTPUT_DIR",
+    "rl.sh": "MODEL_PATH TRAIN_FILE EVAL_FILE INFO_FILE BASELINE_PATH OUTPUT_DIR",
+    "evaluate.sh": "BASE_MODEL TEST_DATA_PATH INFO_FILE RESULT_JSON_DATA",
+}
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.distributed)])
+@pytest.mark.parametrize("path", WRONG_PATHS)
+def test_a_wrong_path_is_one_line(path, processes, tmp_path):
+    variables = {name: tmp_path / "nowhere" / name.lower() for name in WRONG_PATHS[path].split()}
+    done = run_stage(
+        path, env=variables | {"NPROC": processes, "ACCELERATE_CONFIG": "", "OMP_WAIT_POLICY": "PASSIVE"}, check=False
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(rf"error: {tmp_path}/nowhere/\w+: no such file or folder; check --\w+\n", done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_variable_that_is_not_listed_reaches_the_script_and_arguments_override_it(world, tmp_path):
     environment = {
         "TRAIN_FILE": world.train, "VALID_FILE": world.valid, "TEST_FILE": world.test, "INFO_FILE": world.info,

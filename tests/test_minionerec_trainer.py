@@ -8,6 +8,7 @@ groups without a signal leave loss and KL; dropout is off; a resumed run repeats
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -36,6 +37,7 @@ from minionerec.rewards.registry import reward_functions
 from minionerec_trainer import EpochSampler, ReReTrainer, keep_target_first, turn_off_dropout
 
 OURS = ("add_gt", "test_beams", "validation", "eval_beams", "space", "beams", "dynamic_sampling", "mask_all_zero")
+OURS += ("keep_recall",)
 
 
 def make_trainer(policy, world, folder, rewards=None, rows=None, trainer=ReReTrainer, **kwargs):
@@ -67,6 +69,7 @@ def make_trainer(policy, world, folder, rewards=None, rows=None, trainer=ReReTra
         reward_funcs=rewards or reward_functions("ranking", 4, policy.catalog),
         args=GRPOConfig(**(settings | kwargs)),
         train_dataset=Dataset.from_dict(columns),
+        eval_dataset=Dataset.from_dict(columns).select(range(1)),
         catalog=policy.catalog,
         **extra,
     )
@@ -627,6 +630,45 @@ def test_evaluation_is_beam_search_on_validation_rows(policy, world, tmp_path):
     result = trainer.evaluate()
     assert result["eval_HR@50"] == 1.0  # all 47 SIDs, so every target is somewhere
     assert 0 < result["eval_NDCG@10"] < 1
+
+
+class FixedRanks(SimpleNamespace):
+    """A validation whose n-th evaluation has the n-th of `tables` of ranks; K is 1 and 10."""
+
+    cutoffs, prompts = [1, 10], [""]
+
+    def ranks(self, trainer):
+        return np.array(self.tables.pop(0))
+
+
+START = [5] * 100 + [100] * 100  # HR@10 is 0.5
+NOISE = [0] * 10 + [5] * 88 + [100] * 102  # HR@1 rises; 2 of 200 hits are lost: within the interval
+LOSS = [0] * 50 + [100] * 150  # HR@1 rises more, at the cost of 50 hits
+
+
+@pytest.mark.parametrize("keep_recall, best", [(True, 0.05), (False, 0.25)])
+def test_a_checkpoint_that_loses_recall_is_no_candidate(policy, world, tmp_path, keep_recall, best):
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    settings = steps | {"metric_for_best_model": "eval_HR@1", "greater_is_better": True, "eval_on_start": True}
+    settings |= {"num_generations_eval": 1, "max_steps": 3, "keep_recall": keep_recall}
+
+    def make(*tables):
+        trainer = make_trainer(policy, world, tmp_path, **settings, validation=([""], [0]))
+        trainer.validation = FixedRanks(tables=list(tables))
+        return trainer
+
+    trainer = make(START, NOISE, LOSS, LOSS)
+    trainer.train()
+    assert trainer.state.best_metric == best
+    gains = [entry["eval_HR@10_gain"] for entry in trainer.state.log_history if "eval_HR@10_gain" in entry]
+    assert gains == pytest.approx([0, -0.01, -0.25, -0.25])
+    for entry in trainer.state.log_history:
+        if "eval_HR@10_gain" in entry:
+            assert entry["eval_HR@10_gain_low"] <= entry["eval_HR@10_gain"] <= entry["eval_HR@10_gain_high"]
+    # a resumed run compares with the start of the run, not with its own first evaluation
+    resumed = make(LOSS, LOSS, LOSS)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert resumed.state.best_metric == best
 
 
 # ------------------------------------------------------------------------------------------------ learning

@@ -9,6 +9,7 @@ Masks are additive (0 where visible, the dtype's minimum elsewhere) with shape (
 them by comparing a small tree with plain rows.
 """
 
+from contextlib import nullcontext
 from weakref import WeakSet
 
 import torch
@@ -130,6 +131,16 @@ class PromptTree:
         self.hidden = output.last_hidden_state
 
 
+def gathered(model):
+    """Under ZeRO-3, a context in which every process holds all weights of `model`; elsewhere a null context."""
+    sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_status")]
+    if not sharded:
+        return nullcontext()
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    return maybe_gather_lm_head_ctx(*sharded)
+
+
 _able: WeakSet = WeakSet()  # models that passed the test
 
 
@@ -162,7 +173,7 @@ def require_tree_attention(model) -> None:
         mask = torch.ones(2, 5, dtype=torch.long, device=device)
         mask[0, :2] = 0
         parent = torch.tensor([[1, 0]] * 2, device=device)  # swapped, so that wrong ancestry changes the logits
-        with torch.autocast(device.type, enabled=False):
+        with gathered(model), torch.autocast(device.type, enabled=False):
             tree = PromptTree(model, ids[:, :5], mask)
             tree.grow(ids[:, 5:7], torch.zeros_like(parent))
             tree.grow(ids[:, 7:9], parent)

@@ -6,8 +6,8 @@
 `seen` of a row is everything before its target, not the window that a model reads. A target that the user already has
 is missed under `unseen`. A SID is left out if all its items are seen.
 
-Generative models are ranked by `of_beams`, models that score every item by `of_scores`; `report` turns either into
-what `metrics.json` holds:
+`by_beams` ranks the targets for a model that lists SIDs, `by_scores` for one that scores every item; `report` turns
+either into what `metrics.json` holds:
 
     {"rows": …,
      "item": {…}, "sid": {…}, "intervals": {…}, "coverage": {…}, "distinct_first": …, "slices": {…},   of all items
@@ -18,7 +18,7 @@ what `metrics.json` holds:
 place, `repeats` the share of rows whose target is seen.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,16 +70,23 @@ def of_scores(
     """
     targets = np.asarray(targets, dtype=np.int64)
     if seen is not None:
-        scores = scores.astype(np.float64)  # a copy
+        scores = scores.astype(np.result_type(scores, np.float32))  # a copy
         lengths = [len(items) for items in seen]
         scores[np.repeat(np.arange(len(scores)), lengths), np.concatenate([[], *seen]).astype(np.int64)] = -np.inf
-    rows = np.arange(len(scores))
-    starts = np.cumsum([0] + [len(items) for items in catalog.items_of_sid[:-1]])
-    sid_scores = np.maximum.reduceat(scores[:, np.concatenate(catalog.items_of_sid)], starts, axis=1)
-    own_sid = catalog.sid_of_item[targets]
-    item = np.where(scores[rows, targets] == -np.inf, MISSED, ranks_of_scores(scores, targets))
-    sid = np.where(sid_scores[rows, own_sid] == -np.inf, MISSED, ranks_of_scores(sid_scores, own_sid))
+    item = _ranks(scores, targets)
+    if len(catalog.sids) == catalog.n_items:  # each item has its own SID, in the same order
+        sid = item
+    else:
+        starts = np.cumsum([0] + [len(items) for items in catalog.items_of_sid[:-1]])
+        sid_scores = np.maximum.reduceat(scores[:, np.concatenate(catalog.items_of_sid)], starts, axis=1)
+        sid = _ranks(sid_scores, catalog.sid_of_item[targets])
     return Ranks(item, sid, _first_places(scores))
+
+
+def _ranks(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """`ranks_of_scores`, and `MISSED` where the target's score is -inf."""
+    missed = scores[np.arange(len(scores)), targets] == -np.inf
+    return np.where(missed, MISSED, ranks_of_scores(scores, targets))
 
 
 def _first_places(scores: np.ndarray) -> np.ndarray:
@@ -94,9 +101,25 @@ def _first_places(scores: np.ndarray) -> np.ndarray:
     return top
 
 
-def joined(parts: Sequence[Ranks]) -> Ranks:
-    """Ranks of consecutive slices of rows as one."""
-    return Ranks(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+def by_beams(predicted: Mapping[str, np.ndarray], rows: pl.DataFrame, catalog: Catalog) -> dict[str, Ranks]:
+    """{protocol: Ranks} from the SID lists of each protocol, (rows, beams) each; rows: with columns target and seen."""
+    targets, seen = rows["target"].to_list(), {"all": None, "unseen": rows["seen"].to_list()}
+    return {name: of_beams(lists, targets, catalog, seen[name]) for name, lists in predicted.items()}
+
+
+def by_scores(
+    score: Callable[[list[list[int]]], np.ndarray], rows: pl.DataFrame, catalog: Catalog, rows_at_once: int = 1024
+) -> dict[str, Ranks]:
+    """{protocol: Ranks} from `score`, which maps histories (oldest first) to scores (histories, items).
+
+    rows: with columns history, target and seen; each is scored once.
+    """
+    parts: dict[str, list[Ranks]] = {name: [] for name in PROTOCOLS}
+    for part in rows.iter_slices(rows_at_once):
+        scores, targets = score(part["history"].to_list()), part["target"].to_list()
+        parts["all"].append(of_scores(scores, targets, catalog))
+        parts["unseen"].append(of_scores(scores, targets, catalog, part["seen"].to_list()))
+    return {name: Ranks(*map(np.concatenate, zip(*each, strict=True))) for name, each in parts.items()}
 
 
 # ------------------------------------------------------------------------------------------------ the headline

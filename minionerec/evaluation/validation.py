@@ -45,6 +45,10 @@ class Validation(NamedTuple):
 
     def measure(self, trainer) -> dict[str, float]:
         """HR@K, NDCG@K and MRR by item of a `transformers.Trainer`'s model; exact sums over its processes."""
+        return metrics.table(self.ranks(trainer), self.cutoffs)
+
+    def ranks(self, trainer) -> np.ndarray:
+        """Rank of each row's target by item, (rows,), in every process."""
         accelerator = trainer.accelerator
         own = slice(accelerator.process_index, None, accelerator.num_processes)  # empty where rows are few
         seen = None if self.seen is None else self.seen[own]
@@ -60,4 +64,7 @@ class Validation(NamedTuple):
                 excluded=seen and [self.catalog.rows_of(items) for items in seen],
             )
         _, ranks = metrics.sid_and_item_ranks(sid_rows, self.targets[own], self.catalog, seen)
-        return metrics.table(np.concatenate(gather_object([ranks])), self.cutoffs)
+        every = np.empty(len(self.targets), dtype=np.int64)
+        for process, part in enumerate(gather_object([ranks])):
+            every[process :: accelerator.num_processes] = part
+        return every

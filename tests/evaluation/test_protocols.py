@@ -13,8 +13,9 @@ import pytest
 from minionerec.catalog.catalog import Catalog
 from minionerec.evaluation.metrics import MISSED, table
 from minionerec.evaluation.protocols import (
+    by_beams,
+    by_scores,
     headline,
-    joined,
     looks_cut,
     of_beams,
     of_scores,
@@ -29,9 +30,9 @@ N = 30
 
 
 def world(seed):
-    """A catalog in which many items share a SID, targets, seen items (some repeated, some with the target)."""
+    """A catalog in which many items share a SID (none for seed 2), targets, seen items, some repeated or the target."""
     rng = random.Random(seed)
-    sids = [f"<a_{rng.randrange(16)}>" for _ in range(N)]
+    sids = [f"<a_{rng.randrange(16) if seed < 2 else item}>" for item in range(N)]
     catalog = Catalog(sids, popularity=[rng.randrange(4) for _ in sids])
     seen = [[rng.randrange(N) for _ in range(rng.randrange(12))] for _ in range(80)]
     targets = [rng.choice(row) if row and rng.random() < 0.3 else rng.randrange(N) for row in seen]
@@ -92,16 +93,30 @@ def test_a_sid_with_another_item_stays():
     assert found.top[:, :3].tolist() == [[1, 2, -1], [1, 2, -1], [2, -1, -1]]
 
 
-def test_slices_of_rows_join():
-    catalog, targets, seen = world(0)
-    scores = np.random.default_rng(0).random((80, N))
-    parts = [of_scores(scores[s], targets[s], catalog, seen[s]) for s in (slice(0, 50), slice(50, 80))]
-    for one, other in zip(joined(parts), of_scores(scores, targets, catalog, seen), strict=True):
-        assert np.array_equal(one, other)
-
-
 def frame(seen, targets):
     return pl.DataFrame({"seen": seen, "target": targets}, schema={"seen": pl.List(pl.Int64), "target": pl.Int64})
+
+
+def test_both_protocols_from_one_scoring():
+    """A scorer is asked once for each slice of rows; slices join to what all rows at once give."""
+    catalog, targets, seen = world(0)
+    rows = frame(seen, targets).with_columns(history=pl.col("seen").list.tail(2))
+    scores, asked = np.random.default_rng(0).random((80, N)), []
+
+    def score(histories):
+        asked.append(histories)
+        start = sum(map(len, asked[:-1]))
+        return scores[start : start + len(histories)]
+
+    found = by_scores(score, rows, catalog, rows_at_once=50)
+    assert [len(histories) for histories in asked] == [50, 30] and sum(asked, []) == rows["history"].to_list()
+    for name, hidden in (("all", None), ("unseen", seen)):
+        for one, other in zip(found[name], of_scores(scores, targets, catalog, hidden), strict=True):
+            assert np.array_equal(one, other)
+    lists = np.array([np.random.default_rng(i).permutation(len(catalog.sids)) for i in range(80)])
+    beams = by_beams({"all": lists, "unseen": lists}, rows, catalog)
+    assert np.array_equal(beams["unseen"].item, of_beams(lists, targets, catalog, seen).item)
+    assert np.array_equal(beams["all"].item, of_beams(lists, targets, catalog).item)
 
 
 def test_the_headline_follows_from_the_repeats_of_train():
