@@ -26,7 +26,8 @@ from minionerec.common.files import read_json, write_json
 from minionerec.common.options import INPUT, OUTPUT, option, run
 
 METRICS, RANKS = "metrics.json", "ranks.npz"
-FILES = [METRICS, RANKS, "model.safetensors", "config.json"]
+STATE = "training.pt"  # of a training that has not finished
+FILES = [METRICS, RANKS, "model.safetensors", "config.json", STATE]
 FLAGS = {"valid": "valid_file", "test": "test_file"}
 
 
@@ -66,8 +67,12 @@ def build_scorer(options: Options, data, protocol: str):
                 f"{options.item_features}: {len(features)} rows, expected the {data.catalog.n_items} items of "
                 f"{options.info_file}; check --item_features"
             )
-        fitted = training.fit(options, data.train, data.valid, data.catalog, protocol=protocol, features=features)
+        state = Path(options.output_dir) / STATE
+        fitted = training.fit(
+            options, data.train, data.valid, data.catalog, protocol=protocol, features=features, state_file=state
+        )
         fitted.model.save(options.output_dir)
+        state.unlink(missing_ok=True)
     else:
         counts.save(options.output_dir, options.model, data.train, data.catalog.n_items)
     model = load_checkpoint(options.output_dir, "output_dir", data.catalog.n_items)  # score what was saved
@@ -88,19 +93,20 @@ def main(options: Options) -> None:
     options.require("train_file", "valid_file", "test_file", "info_file", "output_dir")
     path = Path(options.output_dir) / METRICS
     record = runs.begin(options, "baseline", folder=options.output_dir, writes=FILES)
+    if not record.resume:
+        (Path(options.output_dir) / STATE).unlink(missing_ok=True)
     if record.complete:
         return show(read_json(path, "output_dir"))
 
-    from minionerec.baselines.training import ranks
     from minionerec.evaluation import protocols
     from minionerec.evaluation.metrics import table
 
     data, headline = read(options)
     score = build_scorer(options, data, headline)
-    test = ranks(score, data.test, data.catalog)
+    test = protocols.by_scores(score, data.test, data.catalog)
     protocols.write_ranks(Path(options.output_dir) / RANKS, test)
     result = {"model": options.model} | protocols.report(test, data.test, data.train, data.catalog, options.seed)
-    result["valid"] = table(ranks(score, data.valid, data.catalog, [headline])[headline].item)
+    result["valid"] = table(protocols.by_scores(score, data.valid, data.catalog, names=[headline])[headline].item)
     write_json(path, result)
     record.finish()
     show(result)

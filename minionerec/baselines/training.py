@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,11 +22,11 @@ from minionerec.catalog.catalog import Catalog, target_counts
 from minionerec.catalog.windows import chain, windows
 from minionerec.common.devices import pick_device
 from minionerec.common.errors import UserError
+from minionerec.common.files import atomic_file
 from minionerec.evaluation.metrics import table
-from minionerec.evaluation.protocols import PROTOCOLS, Ranks, joined, of_scores
+from minionerec.evaluation.protocols import by_scores
 
 MAX_GRADIENT_NORM = 5.0
-ROWS_AT_ONCE = 1024  # rows scored at a time: scores are (rows, items)
 SAMPLED_FROM = 4_000  # items of the smallest catalog that is trained with sampled negatives by default
 Scorer = Callable[[Sequence[Sequence[int]]], np.ndarray]  # histories, oldest first -> scores (rows, items)
 
@@ -86,10 +87,12 @@ def fit(
     *,
     protocol: str = "all",
     features: torch.Tensor | None = None,
+    state_file: Path | None = None,
 ) -> Fit:
     """Train the model of `options` on whole sequences; keep the epoch with the best valid NDCG@10. Test is not used.
 
-    protocol: the headline protocol, in which epochs are scored.
+    protocol: the headline protocol, in which epochs are scored; state_file: where the state is kept after each epoch; a
+    file that is there is resumed, and gives the result of an unbroken run.
     """
     if options.loss == "bce" and catalog.n_items <= 2 * options.max_history:
         raise UserError(f"--loss bce: {catalog.n_items} items may all be in one row, so none is negative; use ce")
@@ -110,8 +113,12 @@ def fit(
         f"at most {options.epochs} epochs and {options.time_budget:.0f} s"
     )
 
-    best, best_epoch, best_state, started = -1.0, 0, {}, time.monotonic()
-    for epoch in range(1, options.epochs + 1):
+    state = State(model, optimizer, state_file)
+    state.load()
+    started = time.monotonic() - state.seconds
+    for epoch in range(state.epoch + 1, options.epochs + 1):
+        if state.over(options):
+            break
         model.train()
         total = torch.zeros((), device=device)
         for items, targets in tqdm(batches.epoch(), f"epoch {epoch}", len(batches), leave=False, mininterval=1):
@@ -123,34 +130,59 @@ def fit(
             total += value.detach()
         if not torch.isfinite(total):
             raise UserError(f"the loss of epoch {epoch} is {total.item()}; lower --learning_rate")
-        ndcg = table(ranks(scorer(model), valid, catalog, [protocol])[protocol].item)["NDCG@10"]
-        if ndcg > best:
-            best, best_epoch, best_state = ndcg, epoch, {k: t.clone() for k, t in model.state_dict().items()}
-        seconds = time.monotonic() - started
+        ndcg = table(by_scores(scorer(model), valid, catalog, names=[protocol])[protocol].item)["NDCG@10"]
+        state.add(epoch, ndcg, time.monotonic() - started)
         print(
-            f"epoch {epoch}: loss {total.item() / len(batches):.4f}, valid NDCG@10 {ndcg:.4f} (best {best:.4f}), "
-            f"{seconds:.0f} s",
+            f"epoch {epoch}: loss {total.item() / len(batches):.4f}, valid NDCG@10 {ndcg:.4f} (best {state.best:.4f}), "
+            f"{state.seconds:.0f} s",
             flush=True,
         )
-        if options.early_stop and epoch - best_epoch >= options.early_stop:
-            break
-        if options.time_budget and seconds * (epoch + 1) / epoch > options.time_budget:
-            print(f"--time_budget {options.time_budget:.0f}: stopped after {epoch} epochs")
-            break
-    model.load_state_dict(best_state)
-    return Fit(model, best, best_epoch)
+    if state.out_of_time(options):
+        print(f"--time_budget {options.time_budget:.0f}: stopped after {state.epoch} epochs")
+    model.load_state_dict(state.best_weights)
+    return Fit(model, state.best, state.best_epoch)
+
+
+class State:
+    """The progress of a training: its best epoch, and in `path`, if given, all that a killed run needs to resume."""
+
+    def __init__(self, model: SequentialModel, optimizer: torch.optim.Optimizer, path: Path | None):
+        self.model, self.optimizer, self.path = model, optimizer, path
+        self.epoch, self.seconds = 0, 0.0
+        self.best, self.best_epoch, self.best_weights = -1.0, 0, {}
+
+    def add(self, epoch: int, ndcg: float, seconds: float) -> None:
+        """Count an epoch with this valid NDCG@10; seconds: of training so far."""
+        self.epoch, self.seconds = epoch, seconds
+        if ndcg > self.best:
+            weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            self.best, self.best_epoch, self.best_weights = ndcg, epoch, weights
+        if self.path:
+            values = {name: getattr(self, name) for name in ("epoch", "seconds", "best", "best_epoch", "best_weights")}
+            values |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            values["random"] = torch.get_rng_state()
+            with atomic_file(self.path, "wb") as f:
+                torch.save(values, f)
+
+    def load(self) -> None:
+        """Resume from `path`, if it is there."""
+        if not self.path or not self.path.exists():
+            return
+        values = torch.load(self.path, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(values.pop("model"))
+        self.optimizer.load_state_dict(values.pop("optimizer"))
+        torch.set_rng_state(values.pop("random"))
+        vars(self).update(values)
+        print(f"resumed after epoch {self.epoch}, from {self.path}")
+
+    def out_of_time(self, options: BaselineOptions) -> bool:
+        """Whether another epoch would exceed --time_budget."""
+        return bool(options.time_budget and self.epoch) and self.seconds * (1 + 1 / self.epoch) > options.time_budget
+
+    def over(self, options: BaselineOptions) -> bool:
+        patience_is_over = options.early_stop and self.epoch - self.best_epoch >= options.early_stop
+        return bool(patience_is_over) or self.out_of_time(options)
 
 
 def scorer(model: SequentialModel) -> Scorer:
     return lambda histories: model.scores(histories).cpu().numpy()
-
-
-def ranks(score: Scorer, rows: pl.DataFrame, catalog: Catalog, wanted: Sequence[str] = PROTOCOLS) -> dict[str, Ranks]:
-    """The ranks of the targets of `rows` (columns history, target, seen) under each protocol."""
-    found = {name: [] for name in wanted}
-    for part in rows.iter_slices(ROWS_AT_ONCE):
-        scores, targets = score(part["history"].to_list()), part["target"].to_numpy()
-        for name, parts in found.items():
-            seen = part["seen"].to_list() if name == "unseen" else None
-            parts.append(of_scores(scores, targets, catalog, seen))
-    return {name: joined(parts) for name, parts in found.items()}

@@ -108,17 +108,22 @@ def by_beams(predicted: Mapping[str, np.ndarray], rows: pl.DataFrame, catalog: C
 
 
 def by_scores(
-    score: Callable[[list[list[int]]], np.ndarray], rows: pl.DataFrame, catalog: Catalog, rows_at_once: int = 1024
+    score: Callable[[list[list[int]]], np.ndarray],
+    rows: pl.DataFrame,
+    catalog: Catalog,
+    rows_at_once: int = 1024,
+    names: Sequence[str] = PROTOCOLS,
 ) -> dict[str, Ranks]:
     """{protocol: Ranks} from `score`, which maps histories (oldest first) to scores (histories, items).
 
-    rows: with columns history, target and seen; each is scored once.
+    rows: with columns history, target and seen; each is scored once. names: the protocols that are wanted.
     """
-    parts: dict[str, list[Ranks]] = {name: [] for name in PROTOCOLS}
+    parts: dict[str, list[Ranks]] = {name: [] for name in names}
     for part in rows.iter_slices(rows_at_once):
         scores, targets = score(part["history"].to_list()), part["target"].to_list()
-        parts["all"].append(of_scores(scores, targets, catalog))
-        parts["unseen"].append(of_scores(scores, targets, catalog, part["seen"].to_list()))
+        for name, ranks in parts.items():
+            seen = part["seen"].to_list() if name == "unseen" else None
+            ranks.append(of_scores(scores, targets, catalog, seen))
     return {name: Ranks(*map(np.concatenate, zip(*each, strict=True))) for name, each in parts.items()}
 
 

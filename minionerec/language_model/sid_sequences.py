@@ -69,5 +69,5 @@ def check_sequences(train: pl.DataFrame, sids: Sequence[str], prefix: str, token
         if tokenizer(text)["input_ids"] != joined:
             raise UserError(
                 f"prompt {text[:60]!r}: the tokenizer does not split it at its SIDs, so whole sequences cannot be trained; "
-                "use a template with a response marker (--prompt_template config/prompt_rows.yaml)"
+                "use a template with a response marker (--prompt_template config/prompt_upstream.yaml)"
             )
