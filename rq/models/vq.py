@@ -22,7 +22,13 @@ class VQOutput(NamedTuple):
 
 
 def squared_distances(x: Tensor, codebook: Tensor) -> Tensor:
-    """||x_i - e_k||^2 as (n, K) for x (n, dim) and codebook (K, dim)."""
+    """||x_i - e_k||^2 as (n, K) for x (n, dim) and codebook (K, dim).
+
+    Both are centred at the codebook's mean first: far from the origin, float32 would lose the distance in the difference
+    of large squares.
+    """
+    center = codebook.mean(0)
+    x, codebook = x - center, codebook - center
     return x.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * x @ codebook.T
 
 
