@@ -37,7 +37,7 @@ def sinkhorn(distances: Tensor, epsilon: float, iterations: int) -> Tensor:
     """The balanced soft assignment (…, n, K), float64: rows sum to about 1, columns to exactly n / K.
 
     Distances (…, n, K) are first centred and scaled to [-1, 1]. `epsilon` is in that unit; a smaller one gives a harder
-    assignment. Rows and columns are scaled in turn `iterations` times (arXiv 1306.0895, algorithm 1). Leading
+    assignment. Rows and columns are scaled alternately, `iterations` times (arXiv 1306.0895, algorithm 1). Leading
     dimensions are separate problems.
     """
     d = distances.double()
