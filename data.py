@@ -60,7 +60,7 @@ def load(
 
     train, valid, test: CSVs, empty for those that are not needed. Popularity, which orders items that share a SID, is
     counted in train. flags: for error messages, the option that names each split's file. Raises `UserError` naming file
-    and row for whatever is malformed or belongs to another catalog.
+    and row for malformed content and for files of another catalog.
     """
     if max_history < 1:
         raise UserError(f"--max_history {max_history}: expected at least 1")
@@ -113,7 +113,7 @@ def drawn(rows: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
 
 
 TEXTS = ("instruction_marker", "input_marker", "response_marker", "response_suffix", "sid_separator", "title_separator")
-FIELDS = ("history", "item", "preference")  # what a task fills into its input, beside {category}
+FIELDS = ("history", "item", "preference")  # what a task fills into its input, in addition to {category}
 
 
 class Prompts:

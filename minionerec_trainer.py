@@ -108,7 +108,7 @@ class EpochSampler(RepeatSampler):
 class ReReTrainer(GRPOTrainer):
     """`trl.GRPOTrainer` whose completions are SIDs of a catalog: a prompt's beams, or samples.
 
-    Dataset rows carry their own target: columns `prompt`, `target_sid`, and whatever the rewards ask for.
+    Dataset rows carry their own target: columns `prompt`, `target_sid`, and those that the rewards read.
 
     catalog: what may be generated;
     space: `vocab` or `catalog`, for generation, evaluation, policy, old policy and reference;
@@ -121,7 +121,7 @@ class ReReTrainer(GRPOTrainer):
     keep_recall: a checkpoint cannot become the best one if its HR at the largest K that is measured is below that of the
         first evaluation by more than the paired 95 % interval.
 
-    Logged beside TRL's metrics: docs/rl.md.
+    docs/rl.md lists what is logged in addition to TRL's metrics.
     """
 
     _tag_names = ["minionerec"]

@@ -2,7 +2,7 @@
 
     python report.py --output_dir output/quickstart
 
-Reads what the stages left in `output_dir`: metrics (`<model>/metrics.json`, `<model>.metrics.json`), ranks beside them,
+Reads what the stages left in `output_dir`: metrics (`<model>/metrics.json`, `<model>.metrics.json`), ranks next to them,
 and the seconds in the records of runs. Writes `results.json` there and prints it:
 
     {"<model>": {"HR@5": …, …}, …,                                   all items, by item

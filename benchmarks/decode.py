@@ -4,7 +4,7 @@
     python -m benchmarks.decode --beams 50 --json     # the four ratios, as JSON in the last line
 
 A Qwen2 of 45 million random weights (hidden 256, 6 layers, vocabulary 152,204), prompts of 97 tokens, 8 per batch. The
-SIDs are random, three levels of 256 codes. Each round times every search once, in turn, so that other work on the
+SIDs are random, three levels of 256 codes. Each round times every search once, one after the other, so that other work on the
 machine slows all of them; figures are medians over rounds. `transformers` is slow, so it is timed on fewer prompts and
 rounds (`--hf_prompts`, `--hf_rounds`), with the small catalog and up to 50 beams. The floor is the prompts' forward
 with the logits of the last position, which every search needs.

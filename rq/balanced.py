@@ -55,7 +55,7 @@ def flow_assignment(x: np.ndarray, centers: np.ndarray, bounds: Bounds) -> np.nd
 
     distances = squared_distances(torch.from_numpy(x).double(), torch.from_numpy(centers).double()).numpy()
     # The solver takes integers, 1000 to the unit: this scale leaves a resolution of 1e-8 of the largest distance.
-    distances *= 1e5 / max(distances.max(), 1e-12)
+    distances *= 1e5 / (distances.max() or 1.0)
     graph = minimum_cost_flow_problem_graph(x, centers, distances, bounds.low, bounds.high)
     return solve_min_cost_flow_graph(*graph)
 
@@ -74,7 +74,8 @@ def transport_assignment(
     generator = torch.Generator(device=x.device).manual_seed(seed)
     sample = x[torch.randperm(n, generator=generator, device=x.device)[: SAMPLE_PER_CODE * n_codes]]
     nearest = [d.topk(min(2, n_codes), dim=1, largest=False).values for d in _distance_blocks(sample, centers)]
-    gap = torch.cat([d[:, -1] - d[:, 0] for d in nearest]).mean().clamp_min(1e-12)
+    gap = torch.cat([d[:, -1] - d[:, 0] for d in nearest]).mean()
+    gap = torch.where(gap > 0, gap, 1.0)
 
     cold = prices is None
     prices = torch.zeros(n_codes, device=x.device) if cold else prices

@@ -14,10 +14,11 @@ from typing import get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minionerec.common.errors import UserError
 from rq.index_file import to_sids
-from rq.models.vq import sinkhorn
+from rq.models.vq import sinkhorn, squared_distances
 from rq.options import Collision
 
 MODES = get_args(Collision)
@@ -67,10 +68,9 @@ def resolve(codes: np.ndarray, mode: str, residuals: np.ndarray, codebook: np.nd
     return {"sinkhorn": sinkhorn_last_level, "nearest_free": nearest_free}[mode](codes, residuals, codebook)
 
 
-def _distances(residuals: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+def _distances(residuals: np.ndarray, codebook: np.ndarray) -> Tensor:
     """Squared distances (rows, K) in float64."""
-    x, e = residuals.astype(np.float64), codebook.astype(np.float64)
-    return (x**2).sum(1, keepdims=True) + (e**2).sum(1) - 2 * x @ e.T
+    return squared_distances(torch.from_numpy(residuals).double(), torch.from_numpy(codebook).double())
 
 
 def sinkhorn_last_level(
@@ -94,7 +94,7 @@ def sinkhorn_last_level(
             for start in range(0, len(groups), step):
                 items = np.stack(groups[start : start + step])  # (groups, size): one problem each
                 distances = _distances(residuals[items.reshape(-1)], codebook).reshape(*items.shape, -1)
-                plan = sinkhorn(torch.from_numpy(distances), SINKHORN_EPSILON, SINKHORN_ITERATIONS)
+                plan = sinkhorn(distances, SINKHORN_EPSILON, SINKHORN_ITERATIONS)
                 codes[items, -1] = plan.argmax(dim=-1).numpy()
         if np.array_equal(codes, before):  # no group is left, or none moves
             break
@@ -130,7 +130,7 @@ def nearest_free(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray)
     taken[slot[inside], codes[inside, -1]] = True
     for items in groups:
         moved = items[1:]
-        for item, distances in zip(moved, _distances(residuals[moved], codebook), strict=True):
+        for item, distances in zip(moved, _distances(residuals[moved], codebook).numpy(), strict=True):
             code = np.where(taken[slot[item]], np.inf, distances).argmin()
             taken[slot[item], code] = True
             codes[item, -1] = code

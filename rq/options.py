@@ -35,7 +35,7 @@ def refuse_small_codebooks(sizes: Sequence[int], n_items: int, collision: str) -
 class IndexOptions(StageOptions):
     """What each command takes that writes an index."""
 
-    output_file: str = option("", "index to write, <D>.index.json; its quality report goes beside it", role=OUTPUT)
+    output_file: str = option("", "index to write, <D>.index.json; its quality report goes next to it", role=OUTPUT)
     item_meta_path: str = option("", "<D>.item.json: refuses embeddings of another number of items", role=RUNTIME)
     collision: Collision = option(
         "nearest_free",
@@ -57,7 +57,7 @@ class ClusteringOptions(StageOptions):
     dataset: str = option("", "<D>: the embeddings are <root>/<D>.emb-*-td.npy", role=RUNTIME)
     root: str = option("", "folder of the embeddings; the results are written there", role=RUNTIME)
     data_path: str = option("", "embeddings (items, dim), instead of --dataset and --root", role=INPUT)
-    codebook_path: str = option("", "codebooks; default <D>.codebooks_<method>.npz beside the index", role=OUTPUT)
+    codebook_path: str = option("", "codebooks; default <D>.codebooks_<method>.npz next to the index", role=OUTPUT)
     # clustering
     k: int = option(256, f"codes per level, 2 to {MOST_CODES}")
     l: int = option(3, f"levels, 1 to {MOST_LEVELS}")  # noqa: E741 (the published name)
@@ -96,7 +96,7 @@ class TrainingOptions(StageOptions):
     # data
     data_path: str = option("", "embeddings, <D>.emb-<plm>-td.npy", role=INPUT)
     ckpt_dir: str = option("", "folder for the checkpoints", role=OUTPUT)
-    save_limit: int = option(5, "evaluated epochs to keep besides the best ones", role=RUNTIME)
+    save_limit: int = option(5, "evaluated epochs to keep in addition to the best ones", role=RUNTIME)
     # model
     layers: list[int] = option([2048, 1024, 512, 256, 128, 64], "hidden sizes of the encoder; the decoder mirrors them")
     beta: float = option(0.25, "weight of the commitment loss")

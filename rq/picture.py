@@ -8,7 +8,7 @@ from minionerec.common.files import atomic_file, write_json
 
 
 def write_report(path: Path, content: dict, reports: dict[str, dict]) -> None:
-    """`content` as JSON at `path`, and a picture of `reports` (name -> report) as .png beside it."""
+    """`content` as JSON at `path`, and a picture of `reports` (name -> report) as .png next to it."""
     write_json(path, content)
     with atomic_file(path.with_suffix(".png"), "wb") as f:
         picture(reports).savefig(f, format="png", dpi=110)

@@ -6,6 +6,7 @@ for level l:
     r = r - codebook_l[code_l]
 """
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -17,7 +18,25 @@ from minionerec.common.errors import UserError
 from rq.codebooks import CodebookFile, write_codebooks
 from rq.options import ClusteringOptions, KMeansOptions, refuse_small_codebooks
 
+Clustering = Callable[..., tuple[np.ndarray, np.ndarray]]
 Cluster = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # rows (n, dim), seed -> centres (K, dim), (n,)
+
+
+def standardised(kmeans: Clustering) -> Clustering:
+    """`kmeans` on points that are centred and scaled to a root mean square of 1, so that units and origin do not matter.
+
+    kmeans: points (n, dim) float32 and more -> centres (K, dim), codes (n,).
+    """
+
+    @functools.wraps(kmeans)
+    def run(x: np.ndarray, *arguments) -> tuple[np.ndarray, np.ndarray]:
+        center = x.mean(axis=0, dtype=np.float64)
+        z = x - center
+        spread = np.sqrt(np.square(z).mean()) or 1.0
+        centers, codes = kmeans((z / spread).astype(np.float32), *arguments)
+        return (centers.astype(np.float64) * spread + center).astype(np.float32), codes
+
+    return run
 
 
 def read_checked(options: KMeansOptions) -> np.ndarray:

@@ -8,6 +8,7 @@ Writes <D>.codebooks_constrained.npz and <D>.index.json with its quality report 
 to n * K = 5.2 million.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,7 @@ import numpy as np
 from minionerec.common.options import option, run
 from rq import generate_indices
 from rq.options import ClusteringOptions, KMeansOptions, part
+from rq.residual_kmeans import make_codebooks, read_checked, standardised
 
 MOST_ARCS = 5_200_000  # n * K of the largest flow that `auto` takes: n = 20 000 with K = 256
 TOLERANCE = 1e-4  # relative gain of an iteration at which Lloyd's iteration stops
@@ -32,33 +34,45 @@ class Options(Clustering, KMeansOptions):
     pass
 
 
+@standardised
 def kmeans_flow(x: np.ndarray, k: int, bounds, seed: int, max_iter: int) -> tuple[np.ndarray, np.ndarray]:
-    """Centres (k, dim) and codes (n,) of x (n, dim), every size within `bounds`, by `k-means-constrained`."""
-    from k_means_constrained import KMeansConstrained
-    from threadpoolctl import threadpool_limits
+    """Centres (k, dim) and codes (n,) of x (n, dim), every size within `bounds`; each assignment is the cheapest."""
+    import torch
 
-    clustering = KMeansConstrained(
-        k, size_min=bounds.low, size_max=bounds.high, n_init=1, max_iter=max_iter, random_state=seed, n_jobs=1
-    )
-    with threadpool_limits(limits=1):  # one thread, so that bytes repeat
-        clustering.fit(x)
-    return clustering.cluster_centers_.astype(np.float32), clustering.labels_.astype(np.int64)
+    from rq.balanced import flow_assignment
+
+    def assign(rows, centers, _):
+        return torch.from_numpy(flow_assignment(rows.numpy(), centers.numpy(), bounds)).long(), None
+
+    return lloyd(x, k, seed, max_iter, assign)
 
 
+@standardised
 def kmeans_transport(x: np.ndarray, k: int, bounds, seed: int, max_iter: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same by optimal transport: centres start by k-means++ on a sample, prices are kept between iterations."""
+    """The same by optimal transport; its prices are kept between iterations."""
+    from rq.balanced import transport_assignment
+
+    def assign(rows, centers, prices):
+        return transport_assignment(rows, centers, bounds, seed=seed, prices=prices)
+
+    return lloyd(x, k, seed, max_iter, assign)
+
+
+def lloyd(x: np.ndarray, k: int, seed: int, max_iter: int, assign: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """Lloyd's iteration from k-means++ on a sample: centres (k, dim), which are the means of their clusters, codes (n,).
+
+    assign: rows (n, dim), centres (k, dim), its second result of the iteration before -> codes (n,), any state.
+    """
     import torch
     from sklearn.cluster import kmeans_plusplus
     from threadpoolctl import threadpool_limits
 
-    from rq.balanced import transport_assignment
-
     sample = np.random.default_rng(seed).permutation(len(x))[: START_PER_CODE * k]
-    with threadpool_limits(limits=1):
+    with threadpool_limits(limits=1):  # one thread, so that bytes repeat
         centers = torch.from_numpy(kmeans_plusplus(x[sample], k, random_state=seed)[0])
-    rows, prices, cost = torch.from_numpy(x), None, np.inf
+    rows, state, cost = torch.from_numpy(x), None, np.inf
     for _ in range(max_iter):
-        codes, prices = transport_assignment(rows, centers, bounds, seed=seed, prices=prices)
+        codes, state = assign(rows, centers, state)
         sums = torch.zeros_like(centers, dtype=torch.float64).index_add_(0, codes, rows.double())
         centers = (sums / torch.bincount(codes, minlength=k).unsqueeze(1)).to(rows.dtype)
         before, cost = cost, (rows - centers[codes]).square().sum(dtype=torch.float64).item()
@@ -68,8 +82,6 @@ def kmeans_transport(x: np.ndarray, k: int, bounds, seed: int, max_iter: int) ->
 
 
 def main(options: Options) -> None:
-    from rq.residual_kmeans import make_codebooks, read_checked
-
     o = options
     o.name_files("constrained")
     embeddings = read_checked(o)

@@ -11,10 +11,12 @@ import numpy as np
 from minionerec.common.options import run
 from rq import generate_indices
 from rq.options import ClusteringOptions, KMeansOptions, part
+from rq.residual_kmeans import make_codebooks, read_checked, standardised
 
 Options = KMeansOptions
 
 
+@standardised
 def kmeans(x: np.ndarray, k: int, seed: int, max_iter: int, verbose: bool) -> tuple[np.ndarray, np.ndarray]:
     """Centres (k, dim) and the nearest of them (n,) for x (n, dim); one thread, so that bytes repeat."""
     import faiss
@@ -40,8 +42,6 @@ def kmeans(x: np.ndarray, k: int, seed: int, max_iter: int, verbose: bool) -> tu
 
 
 def main(options: Options) -> None:
-    from rq.residual_kmeans import make_codebooks, read_checked
-
     o = options
     o.name_files("faiss")
     embeddings = read_checked(o)

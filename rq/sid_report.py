@@ -21,7 +21,7 @@ from rq.files import report_path
 class Options(StageOptions):
     index: list[str] = option([], "index files; also as first arguments, without the flag", role=INPUT)
     data_path: str = option("", "their embeddings, for the fitted error", role=INPUT)
-    output_file: str = option("", "file for the figures, a .json; the picture goes beside it", role=OUTPUT)
+    output_file: str = option("", "file for the figures, a .json; the picture goes next to it", role=OUTPUT)
 
     def __post_init__(self):
         super().__post_init__()
@@ -30,7 +30,7 @@ class Options(StageOptions):
 
 
 def report_of(path: str | Path, embeddings) -> dict:
-    """The report of an index file: the one beside it, if it is of this index, and what can be computed now.
+    """The report of an index file: the one next to it, if it is of this index, and what can be computed now.
 
     embeddings: a tensor (items, dim), or None.
     """
@@ -43,8 +43,8 @@ def report_of(path: str | Path, embeddings) -> dict:
         if len(embeddings) != len(codes):
             raise UserError(f"{path}: {len(codes)} items, but --data_path has {len(embeddings)} rows")
         after["fitted_error"] = fitted_error(embeddings, codes)
-    beside = report_path(path)
-    there = read_json(beside, "index") if beside.exists() else {}
+    written = report_path(path)
+    there = read_json(written, "index") if written.exists() else {}
     known = there.get("after", {})
     if all(known.get(name) == after[name] for name in ("n_items", "items_per_sid", "perplexity", "codes_used")):
         return there | {"after": known | after}

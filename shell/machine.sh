@@ -1,6 +1,6 @@
 # Sourced by shell/launcher.sh: how many GPUs, processes and threads this node has, and how its threads wait.
 
-count_cores() { nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1; }
+count_cores() { OMP_NUM_THREADS= OMP_THREAD_LIMIT= nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1; }
 
 # How many threads of other processes are running now: the mean of three looks. 0 where the system does not tell.
 running_threads() {

@@ -6,12 +6,14 @@ are written say the same as the sources; a finished conversion is skipped, a cha
 
 import ast
 import json
+import re
+import subprocess
+import sys
 
 import polars as pl
 import pytest
-from helpers import run_stage, write_world
+from helpers import ROOT, run_stage, write_world
 
-import convert_dataset
 from convert_dataset import Options, main, read_inter
 from minionerec.catalog.items import read_info
 from minionerec.catalog.sequences import read_sequences
@@ -184,9 +186,17 @@ def test_the_launcher(tmp_path):
 
 
 def test_help_and_a_finished_stage_import_neither_torch_nor_polars():
-    import subprocess
-    import sys
-
-    for module in (convert_dataset.__name__, "preprocess.movielens"):
+    for module in ("convert_dataset", "preprocess.movielens"):
         code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('torch', 'polars', 'transformers.models')))"
-        assert subprocess.run([sys.executable, "-c", code], cwd=convert_dataset.runs.ROOT).returncode == 0
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_example_of_the_documentation(tmp_path):
+    """The files that the Python block of docs/data.md writes are converted."""
+    [block] = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.M | re.S)
+    subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True)
+    folder = tmp_path / "output" / "mine"
+    (folder / "mine.index.json").write_text(json.dumps({str(i): [f"<a_{i}>"] for i in range(3)}))
+    main(options(folder, dataset_name="mine"))
+    rows = read_sequences(folder / "test" / "mine.csv", ["<a_0>", "<a_1>", "<a_2>"], "file")
+    assert rows.select("user", "history", "target").rows() == [("ann", [0, 1, 2], 1)]

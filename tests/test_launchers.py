@@ -78,7 +78,7 @@ def test_a_launcher_sets_options_of_its_script(path):
             [now] = [
                 getattr(parse(launcher.options, arguments_from_variables(launcher.options, {name: value})), field.name)
             ]
-        except UserError as refused:  # it needs another option beside it
+        except UserError as refused:  # it needs another option too
             pytest.fail(f"{path}: {name}={value} is refused: {refused}")
         assert now != default, f"{path}: {name}={value} repeats the script's default; leave it empty"
         assert reason, f"{path}: {name}={value} differs from the script's default {default!r}; say why in a comment"

@@ -107,7 +107,7 @@ def with_gradients(trainer, weights, method):
 
 
 def assert_equal(ours, plain, tolerance):
-    """Relative to the length of each tensor, and of the whole gradient; in bf16 a small tensor alone may err thrice."""
+    """Relative to the length of each tensor, and of the whole gradient; in bf16 a single small tensor may err three times as much."""
     assert ours.keys() == plain.keys() and len(plain) > 3
 
     def error(names):
@@ -164,7 +164,7 @@ def test_log_probs_and_gradients_equal_row_by_row(policy, world, tmp_path, setti
 
 
 def brute_force(model, policy, ids, mask, length, temperature):
-    """Each row alone; at each token a softmax over what a dictionary of SIDs allows. (log-probs, entropies)."""
+    """Each row in its own forward; at each token a softmax over what a dictionary of SIDs allows. (log-probs, entropies)."""
     token_id = policy.tokenizer.convert_tokens_to_ids
     sids = [[token_id(token) for token in split_sid(sid)] for sid in policy.catalog.sids]
     log_probs, entropies = (torch.zeros(len(ids), length, dtype=model.dtype) for _ in range(2))
@@ -384,7 +384,7 @@ def test_training_moves_parameters_and_logs(policy, world, tmp_path):
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo", "sapo", "luspo", "cispo", "vespo"])
 def test_dead_groups_leave_the_loss(policy, world, tmp_path, loss_type):
-    """With mask_all_zero, loss and gradients are those of the live groups by themselves, KL included."""
+    """With mask_all_zero, loss and gradients are those of a batch of only the live groups, KL included."""
 
     def second_group_alone_differs(completions, **_):
         return [0.1] * 4 + [0.0, 1.0, 0.5, 0.0]
@@ -608,7 +608,7 @@ def test_a_checkpoint_without_the_moved_reference_is_refused(policy, world, tmp_
 
 
 def test_the_order_of_an_epoch_is_trls():
-    """Unbroken runs keep the order of TRL's sampler, whose generator goes on from epoch to epoch."""
+    """Unbroken runs keep the order of TRL's sampler, whose generator continues from epoch to epoch."""
     arguments = {"mini_repeat_count": 2, "batch_size": 3, "repeat_count": 2, "seed": 7}
     theirs, epoch = RepeatSampler(range(10), **arguments), [0]
     ours = EpochSampler(range(10), **arguments, epoch=lambda: epoch[0])

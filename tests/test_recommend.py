@@ -35,7 +35,7 @@ def options(world, checkpoint_folder, **more):
     [
         ("3, 0", [3, 0]),
         ("3;0 ; 1", [3, 0, 1]),
-        ("alien; BLADE", [0, 3]),  # the title itself stands before a more popular match
+        ("alien; BLADE", [0, 3]),  # the title itself comes before a more popular match
         ("nat alien", [2]),
         ("alien; 4; star wars", [0, 4, 4]),
         ("alie", [1]),  # of several the most popular

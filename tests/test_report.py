@@ -1,4 +1,4 @@
-"""report.py: the table and results.json come from what the stages left in a folder, whatever that is.
+"""report.py: the table and results.json come from what the stages left in a folder, whichever stages ran.
 
 The headline protocol is first; a difference is paired on the same test rows; older results that were moved aside and
 unfinished runs are not read.
@@ -16,7 +16,7 @@ from minionerec.evaluation.metrics import MISSED, bootstrap, table
 
 
 def write_model(folder, name, ranks, unseen=None, headline="all", cutoffs=(1, 5, 10, 20)):
-    """A model's metrics and ranks as its stage leaves them: in its folder, or for sft and rl beside it."""
+    """A model's metrics and ranks as its stage leaves them: in its folder, or for sft and rl next to it."""
 
     def values(ranks):
         return {"item": table(ranks, cutoffs), "intervals": bootstrap(ranks, 0, cutoffs)}

@@ -56,7 +56,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 # ------------------------------------------------------------------------------------------------ counts
 
-#          target: 1 three times, 2 twice, 3 once, 0 and 4 never; item 4 stands in a history only
+#          target: 1 three times, 2 twice, 3 once, 0 and 4 never; item 4 is in a history only
 TRAIN = sequences(([0], 1), ([0], 1), ([4, 0], 2), ([2], 3), ([3, 1], 2), ([3], 1))
 
 

@@ -1,6 +1,6 @@
 """SFT as a stage.
 
-Invariants: any causal LM folder is a base model, whatever state its tokenizer and generation config carry; checkpoints
+Invariants: any causal LM folder is a base model, in any state of its tokenizer and generation config; checkpoints
 are never lost: options that do not shape the result resume, others are refused; a killed run ends with the weights of an
 unbroken one; each checkpoint carries wording and settings; several processes train as one.
 """
@@ -61,7 +61,7 @@ class Killed(Exception):
 
 
 def kill_after(monkeypatch, saves: int):
-    """From here on a run dies when it has written so many checkpoints."""
+    """A run dies when it has written `saves` checkpoints."""
     usual, count = checkpoints.KeepCheckpoints.on_save, iter(range(1, 100))
 
     def on_save(self, *args, **kwargs):
@@ -73,7 +73,7 @@ def kill_after(monkeypatch, saves: int):
 
 
 def killed(options, saves: int = 2) -> Path:
-    """The folder of a run that died after so many checkpoints."""
+    """The folder of a run that died after `saves` checkpoints."""
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Killed):
         kill_after(monkeypatch, saves)
         sft.main(options)
@@ -226,7 +226,7 @@ def test_an_index_of_another_data_set_is_refused(options, tmp_path):
     with pytest.raises(UserError, match="found 48 items, expected the 1"):
         sft.main(options(sid_index_path=str(tmp_path / "x.index.json")))
     assert not (tmp_path / "sft" / "model.safetensors").exists()
-    sft.main(options(num_epochs=1))  # the failed start does not stand in the way
+    sft.main(options(num_epochs=1))  # the failed start is no obstacle
 
 
 # ------------------------------------------------------------------------------------------------ nothing is lost

@@ -68,8 +68,6 @@ class Catalog:
         rows = {int(self.sid_of_item[item]) for item in chosen}
         return sorted(row for row in rows if chosen.issuperset(self.items_of_sid[row]))
 
-    leaves_of = rows_of
-
     def trie(self, tokenizer) -> "Trie":
         """The trie over this catalog's SIDs in `tokenizer`'s ids; leaf i is row i of `sids`."""
         from minionerec.catalog.trie import Trie  # imports torch

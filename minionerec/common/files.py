@@ -60,6 +60,9 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is found while writing, where no name is known
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

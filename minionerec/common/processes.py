@@ -14,11 +14,19 @@ ERRORS = "MINIONEREC_ERRORS"  # folder in which the processes of one launch leav
 
 def report_error(message: str) -> None:
     """Print `error: …` on stderr as one line; under a launcher, leave it for the launcher to print once."""
+    close_progress_bars()
     line = f"error: {one_line(message)}"
     if os.environ.get(ERRORS):
         Path(os.environ[ERRORS], os.environ.get("RANK", "0")).write_text(line, encoding="utf-8")
     else:
         print(line, file=sys.stderr)
+
+
+def close_progress_bars() -> None:
+    """End the lines of unfinished tqdm bars, so that what is printed next starts a line."""
+    tqdm = sys.modules.get("tqdm.std")
+    for bar in list(getattr(tqdm and tqdm.tqdm, "_instances", ())):
+        bar.close()
 
 
 def one_line(message: str) -> str:

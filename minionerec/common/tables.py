@@ -1,7 +1,7 @@
 """Text files and tables, read from exactly the file that is named.
 
 Polars takes `*`, `?` and `[` in a path as a pattern and reads a folder as all of its files, so it is only ever given
-bytes here. Files are UTF-8, with or without a byte-order mark. Whatever else is in them is an error of one line.
+bytes here. Files are UTF-8, with or without a byte-order mark. Anything else is refused with a one-line error.
 """
 
 import csv
@@ -29,7 +29,7 @@ def read_bytes(path: str | Path, flag: str) -> bytes:
 
 
 def read_text(path: str | Path, flag: str) -> str:
-    """The text of one UTF-8 file, line ends as they are. Raises `UserError` naming the line that is not UTF-8."""
+    """The text of one UTF-8 file, line ends unchanged. Raises `UserError` naming the line that is not UTF-8."""
     return _decoded(read_bytes(path, flag), path)
 
 

@@ -135,9 +135,9 @@ TOLERANCE = 1e-4  # of packed logits, relative to the largest logit; float32 sum
 
 @torch.no_grad()
 def packing_collator(model, pad_token_id: int) -> Collator:
-    """The collator with which `model` gives packed rows the logits that they have alone.
+    """The collator with which `model` gives packed rows the same logits as single rows.
 
-    Two rows of random tokens go through the model alone and packed: with position ids only, else with a 4-D mask too.
+    Two rows of random tokens go through the model singly and packed: with position ids only, else with a 4-D mask too.
     Raises `UserError` where neither agrees: the model's mask or positions cannot be given (ALiBi, recurrence).
     """
     lengths, vocabulary = np.array([5, 7]), model.get_input_embeddings().weight.shape[0]

@@ -16,6 +16,8 @@ from minionerec.catalog.items import Items
 from minionerec.catalog.sids import SID_TOKEN, canonical_sid
 from minionerec.common.errors import UserError
 
+BLOCK = 8192  # rows of an embedding that are centred at once
+
 
 def embedding_matrices(model) -> list[torch.nn.Parameter]:
     """The input embedding and, where it is untied, the output embedding: each (vocabulary, hidden)."""
@@ -44,14 +46,8 @@ def add_tokens(model, tokenizer, tokens: Sequence[str], items: Items | None = No
     size = max([*old_ids, *new_ids]) + 1
     if size > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(size, mean_resizing=False)
-    n_old = len(old_ids)
-    rows_of_old = slice(n_old) if old_ids[-1] == n_old - 1 else torch.tensor(old_ids)  # a slice copies nothing
     for weight in embedding_matrices(model):
-        old = weight[rows_of_old].float()
-        mean = old.mean(dim=0)
-        # (new, old) standard normals times the centred rows: samples with the rows' covariance, never formed
-        drawn = torch.randn(len(new_ids), n_old, device=old.device) @ (old - mean) / n_old**0.5
-        weight[new_ids] = (mean + drawn).to(weight.dtype)
+        weight[new_ids] = draw_like(weight, old_ids, len(new_ids)).to(weight.dtype)
         if items:
             sids = tokenizer(items.sids, add_special_tokens=False)["input_ids"]
             used, rows = _means_by_token(weight.float(), titles, sids)
@@ -59,8 +55,29 @@ def add_tokens(model, tokenizer, tokens: Sequence[str], items: Items | None = No
             weight[used[new]] = rows[new].to(weight.dtype)
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:
-        bias[new_ids] = bias[rows_of_old].float().mean().to(bias.dtype)
+        bias[new_ids] = bias[old_ids].float().mean().to(bias.dtype)
     return new_ids
+
+
+def draw_like(weight: torch.Tensor, ids: Sequence[int], count: int) -> torch.Tensor:
+    """`count` samples of the normal distribution with mean and covariance of the rows `ids`. (count, hidden), float32.
+
+    Through a factor of the (hidden, hidden) covariance, so memory does not depend on `len(ids)` x `count`.
+    """
+    hidden = weight.shape[1]
+    blocks = [torch.tensor(ids[start : start + BLOCK], device=weight.device) for start in range(0, len(ids), BLOCK)]
+    mean = sum(weight[block].double().sum(dim=0) for block in blocks) / len(ids)
+    covariance = torch.zeros(hidden, hidden, dtype=torch.float64, device=weight.device)
+    for block in blocks:
+        centred = weight[block].float() - mean.float()
+        covariance += centred.T @ centred
+    covariance /= len(ids)
+    jitter = 1e-7 * covariance.diagonal().mean() + 1e-30  # for fewer rows than dimensions, and for rounding
+    identity, info = torch.eye(hidden, dtype=torch.float64, device=weight.device), 1
+    while info:
+        factor, info = torch.linalg.cholesky_ex(covariance + jitter * identity)
+        jitter *= 10
+    return mean.float() + torch.randn(count, hidden, device=weight.device) @ factor.float().T
 
 
 def _extend(tokenizer, tokens: Sequence[str]) -> tuple[list[int], list[int]]:

@@ -136,7 +136,7 @@ def cut(prompts: pl.Series, tokenizer, separator: str) -> tuple[Pieces, list[lis
     Returns the pieces and the ids of each distinct one; None where no such cut is known.
 
     A tokenizer always splits a text at added tokens, here the SID tokens. It splits before the space of the titles'
-    `separator` if its pre-tokenizer does so whichever words meet there. A sample of prompts is also tokenised whole,
+    `separator` if its pre-tokenizer does so for any words around it. A sample of prompts is also tokenised whole,
     because some tokenizers treat the beginning of a text differently.
     """
     sids = {token for token in tokenizer.get_added_vocab() if SID_TOKEN.fullmatch(token)}

@@ -22,7 +22,13 @@ class VQOutput(NamedTuple):
 
 
 def squared_distances(x: Tensor, codebook: Tensor) -> Tensor:
-    """||x_i - e_k||^2 as (n, K) for x (n, dim) and codebook (K, dim)."""
+    """||x_i - e_k||^2 as (n, K) for x (n, dim) and codebook (K, dim).
+
+    Both are centred at the codebook's mean first: far from the origin, float32 would lose the distance in the difference
+    of large squares.
+    """
+    center = codebook.mean(0)
+    x, codebook = x - center, codebook - center
     return x.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * x @ codebook.T
 
 
@@ -31,7 +37,7 @@ def sinkhorn(distances: Tensor, epsilon: float, iterations: int) -> Tensor:
     """The balanced soft assignment (…, n, K), float64: rows sum to about 1, columns to exactly n / K.
 
     Distances (…, n, K) are first centred and scaled to [-1, 1]. `epsilon` is in that unit; a smaller one gives a harder
-    assignment. Rows and columns are scaled in turn `iterations` times (arXiv 1306.0895, algorithm 1). Leading
+    assignment. Rows and columns are scaled alternately, `iterations` times (arXiv 1306.0895, algorithm 1). Leading
     dimensions are separate problems.
     """
     d = distances.double()

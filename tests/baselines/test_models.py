@@ -1,4 +1,4 @@
-"""SASRec, GRU4Rec and Caser beside slow twins: states, scores, losses, checkpoints."""
+"""SASRec, GRU4Rec and Caser compared with slow twins: states, scores, losses, checkpoints."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_left_padding_does_not_change_scores(name):
     padded = model.scores([[7, 2, 5]])
     torch.testing.assert_close(short, padded)
     with torch.no_grad():
-        model.items.weight[12] = 100.0  # nor does what stands in the padding's row
+        model.items.weight[12] = 100.0  # the padding's embedding is not read
     torch.testing.assert_close(model.scores([[7, 2, 5]]), padded)
 
 

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from helpers import ROOT
+from tqdm import tqdm
 
 from minionerec.common.processes import ERRORS, leave_group, on_main_process, one_line, report_error
 
@@ -18,6 +19,14 @@ def test_an_error_is_one_line(capsys, monkeypatch):
     monkeypatch.delenv(ERRORS, raising=False)
     report_error("x.csv, row 3:\n  found\t'a'")
     assert capsys.readouterr().err == "error: x.csv, row 3: found 'a'\n"
+
+
+def test_an_error_starts_a_line(capsys, monkeypatch):
+    monkeypatch.delenv(ERRORS, raising=False)
+    bar = tqdm(total=3)  # as a trainer that was interrupted leaves it
+    bar.update()
+    report_error("wrong")
+    assert capsys.readouterr().err.splitlines()[-1] == "error: wrong" and bar.disable
 
 
 def test_under_a_launcher_the_line_is_left_for_it(capsys, monkeypatch, tmp_path):

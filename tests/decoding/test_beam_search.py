@@ -190,7 +190,7 @@ def test_wide_search_scores_every_sid_of_a_mixed_depth_catalog():
 def test_returns_min_of_beams_and_catalog_distinct(num_beams):
     model = random_model(CONFIGS["qwen2"]())
     rng = random.Random(2)
-    sids = [(30 + i,) for i in range(4)] + random_sids(300)[:146]  # four end at once, beside deeper ones
+    sids = [(30 + i,) for i in range(4)] + random_sids(300)[:146]  # four end at the first level, next to deeper ones
     rng.shuffle(sids)
     ids, mask = prompts_of([3, 5])
     beams = beam_search(model, Trie.build(sids), ids, mask, num_beams)
@@ -370,7 +370,7 @@ def test_searches_of_several_tries_encode_the_prompts_once(space, monkeypatch):
 
 
 def test_places_that_nothing_fills_name_no_sid():
-    """One SID left of many: the other places are empty, also where dead beams stand above leaves of the first level."""
+    """One SID left of many: the other places are empty, also where dead beams are scored before leaves of the first level."""
     model, sids = random_model(CONFIGS["qwen2"]()), [(20 + i,) for i in range(30)] + [(60, 90), (61, 90)]
     only = torch.zeros(len(sids), dtype=torch.bool)
     for kept in (3, 30):

@@ -41,7 +41,7 @@ def test_heads_that_scale_cap_or_add(architecture):
 
 
 def test_gradients_of_allowed_log_probs_equal_those_of_full_logits():
-    """Nodes of all levels at once, a leaf among them, in both spaces: values and gradients of hidden states and head."""
+    """Nodes of all levels in one call, a leaf among them, in both spaces: values and gradients of hidden states and head."""
     model, trie = random_model(CONFIGS["qwen2"]()), Trie.build(MIXED)
     nodes = torch.arange(len(trie.leaf))
     hidden = torch.randn(len(nodes), 32, generator=torch.Generator().manual_seed(0))

@@ -106,7 +106,7 @@ def test_tied_scores_equal_torchmetrics_on_the_order_that_breaks_them():
     rng = np.random.default_rng(5)
     scores, targets = rng.integers(0, 4, (50, 20)), rng.integers(0, 20, 50)
     found = table(ranks_of_scores(scores.astype(float), targets), (1, 5))
-    untied = torch.from_numpy(scores - np.arange(20) / 100)  # of equal scores the lower id stands first
+    untied = torch.from_numpy(scores - np.arange(20) / 100)  # of equal scores the lower id is first
     for k in (1, 5):
         expected = [
             library.retrieval_normalized_dcg(row, torch.arange(20) == int(target), top_k=k).item()

@@ -98,7 +98,7 @@ def frame(seen, targets):
 
 
 def test_both_protocols_from_one_scoring():
-    """A scorer is asked once for each slice of rows; slices join to what all rows at once give."""
+    """A scorer is asked once for each slice of rows; joined slices equal one call with all rows."""
     catalog, targets, seen = world(0)
     rows = frame(seen, targets).with_columns(history=pl.col("seen").list.tail(2))
     scores, asked = np.random.default_rng(0).random((80, N)), []

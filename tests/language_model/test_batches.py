@@ -1,7 +1,7 @@
 """Lines, the order of an epoch, tensors, and packing.
 
 Invariants: a packed line holds whole rows, each row once; the order depends on seed and epoch only; padding of real rows
-stays under a tenth; packed rows get the logits that they have alone, for every architecture, or the model is refused.
+stays under a tenth; packed rows get the same logits as single rows, for every architecture, or the model is refused.
 """
 
 import functools

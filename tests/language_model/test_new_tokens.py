@@ -11,13 +11,14 @@ import pytest
 import torch
 from language_model.small_models import WITH_BIAS, random_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 from minionerec.catalog.items import Items, read_titles
 from minionerec.catalog.sids import codebook_tokens, read_index
 from minionerec.common.errors import UserError
 from minionerec.language_model.checkpoints import load_model, load_tokenizer, new_model
-from minionerec.language_model.new_tokens import add_tokens, embedding_matrices, require_sid_tokens
+from minionerec.language_model.new_tokens import add_tokens, draw_like, embedding_matrices, require_sid_tokens
 
 SIDS = ["<a_0><b_1>", "<a_1><b_0>", "<a_1><b_1>"]
 TOKENS = ["<a_0>", "<a_1>", "<b_0>", "<b_1>"]
@@ -141,6 +142,34 @@ def test_new_rows_have_mean_and_covariance_of_the_old_ones(name, base_model):
         old, drawn = weight[:n_old], weight[new]
         torch.testing.assert_close(drawn.mean(0), old.mean(0), atol=0.1, rtol=0)
         torch.testing.assert_close(drawn.T.cov(), old.T.cov(correction=0), atol=0.12, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20, 20_000])  # fewer rows than dimensions; several blocks
+def test_samples_have_the_law_of_their_rows(rows):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(rows, 8, generator=generator) @ torch.randn(8, 8, generator=generator) + 3
+    drawn = draw_like(weight, range(rows), 50_000)
+    torch.testing.assert_close(drawn.mean(0), weight.mean(0), atol=0.1, rtol=0)
+    expected = weight.T.cov(correction=0) if rows > 1 else torch.zeros(8, 8)
+    torch.testing.assert_close(drawn.T.cov(), expected, atol=0.02 * float(expected.diagonal().max()) + 1e-6, rtol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest number of elements of a tensor that was made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        self.elements = max(self.elements, made.numel() if isinstance(made, torch.Tensor) else 0)
+        return made
+
+
+def test_memory_does_not_grow_with_new_tokens_times_vocabulary():
+    weight = torch.randn(20_000, 16)
+    with LargestTensor() as largest:
+        assert draw_like(weight, range(20_000), 10_000).shape == (10_000, 16)
+    assert largest.elements <= weight.numel()
 
 
 def test_rows_start_from_the_text_of_their_items(base_model, world):

@@ -1,7 +1,7 @@
 """Assignment under bounds on cluster sizes.
 
 Invariants: both solvers keep the published bounds; the flow is the cheapest; the transport is near it, also from known
-prices, on a sample, in blocks, and where all rows are equal.
+prices, on a sample, in blocks, and where all rows are equal; unit and origin do not matter.
 """
 
 import numpy as np
@@ -46,6 +46,17 @@ def test_transport_is_within_bounds_and_near_the_flow(n, k, share):
     assert cost(x, centers, exact) <= cost(x, centers, codes.numpy()) * (1 + 1e-6) <= share * cost(x, centers, exact)
     again, _ = transport_assignment(torch.from_numpy(x), torch.from_numpy(centers), bounds, prices=prices)
     assert cost(x, centers, again.numpy()) <= share * cost(x, centers, exact)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1e-6, 0), (1, 100), (1e6, 0)])
+def test_assignments_do_not_depend_on_unit_and_origin(scale, offset):
+    x = points(400)
+    bounds, centers = size_bounds(len(x), 16), x[:16]
+    exact = cost(x, centers, flow_assignment(x, centers, bounds))
+    moved = (x * scale + offset).astype(np.float32), (centers * scale + offset).astype(np.float32)
+    assert cost(x, centers, flow_assignment(*moved, bounds)) <= exact * (1 + 1e-4)
+    codes, _ = transport_assignment(*map(torch.from_numpy, moved), bounds)
+    assert cost(x, centers, codes.numpy()) <= 1.03 * exact
 
 
 def test_transport_on_a_sample_and_in_blocks(monkeypatch):

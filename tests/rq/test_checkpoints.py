@@ -1,4 +1,4 @@
-"""Checkpoints: whatever is damaged, foreign, not finite or unfinished is one line with its file; no index is written."""
+"""Checkpoints that are damaged, foreign, not finite or unfinished: one line with the file; no index is written."""
 
 import json
 import os

@@ -12,7 +12,7 @@ from rq_helpers import DIM, KMEANS, N, kmeans, points
 
 from minionerec.catalog.sids import read_index
 from minionerec.common.errors import UserError
-from rq import rqkmeans_faiss
+from rq import rqkmeans_constrained, rqkmeans_faiss
 from rq.balanced import size_bounds
 from rq.models.rq import Codebooks
 
@@ -59,6 +59,49 @@ def test_same_seed_same_bytes(method, options, kmeans_file, tmp_path):
     for suffix in ("index.json", f"codebooks_{method}.npz"):
         one, two, other = ((tmp_path / f"{run}.{suffix}").read_bytes() for run in ("one", "two", "other"))
         assert one == two != other
+
+
+def solvers():
+    bounds = size_bounds(N, 16)
+    return {
+        "faiss": lambda x: rqkmeans_faiss.kmeans(x, 16, 0, 20, False),
+        "flow": lambda x: rqkmeans_constrained.kmeans_flow(x, 16, bounds, 0, 20),
+        "transport": lambda x: rqkmeans_constrained.kmeans_transport(x, 16, bounds, 0, 20),
+    }
+
+
+@pytest.mark.parametrize("solver", ["faiss", "flow", "transport"])
+def test_clusters_do_not_depend_on_unit_and_origin(solver):
+    """Power-of-two scales give the same bits, an offset of 100 nearly the same points."""
+    x, solve = points(), solvers()[solver]
+    centers, codes = solve(x)
+    expected = np.square(x - centers[codes]).sum()
+    for scale in (2.0**-20, 2.0**30):
+        scaled, same = solve(x * np.float32(scale))
+        np.testing.assert_array_equal(same, codes)
+        np.testing.assert_allclose(scaled / scale, centers, rtol=1e-5, atol=1e-5)
+    far, moved = solve(x + np.float32(100))
+    assert np.square(x - (far - 100)[moved]).sum() == pytest.approx(expected, rel=0.02)
+
+
+def test_constrained_clusters_are_cheapest_by_squared_distance():
+    """Balanced groups that are far apart are found in each of several units."""
+    rng, k, n = np.random.default_rng(0), 12, 240
+    truth = np.repeat(np.arange(k), n // k)
+    x = (rng.normal(size=(k, 8))[truth] * 6 + rng.normal(size=(n, 8))).astype(np.float32)
+    for scale in (1, 1e-5, 1e6):
+        for solve in (rqkmeans_constrained.kmeans_flow, rqkmeans_constrained.kmeans_transport):
+            codes = solve(x * np.float32(scale), k, size_bounds(n, k), 0, 100)[1]
+            pairs = {(int(a), int(b)) for a, b in zip(truth, codes, strict=True)}
+            assert len(pairs) == k, "one cluster per group"
+
+
+def test_equal_residuals_are_no_error():
+    """From the second level on, a residual can be zero everywhere."""
+    x = np.zeros((40, 3), dtype=np.float32)
+    for solve in (rqkmeans_constrained.kmeans_flow, rqkmeans_constrained.kmeans_transport):
+        centers, codes = solve(x, 8, size_bounds(40, 8), 0, 5)
+        assert (centers == 0).all() and np.bincount(codes, minlength=8).max() <= 6
 
 
 def test_codebooks_are_made_once(kmeans_file, tmp_path, capsys):

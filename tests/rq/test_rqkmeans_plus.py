@@ -1,7 +1,7 @@
 """The command rq.rqkmeans_plus.
 
 Invariants: before the first step every code is the nearest code of the codebooks and the error is theirs; training
-lowers it; options that contradict the codebooks are refused; the index has a record of its own, so that another
+lowers it; options that contradict the codebooks are refused; the index has a separate record, so that another
 collision mode does not train again.
 """
 

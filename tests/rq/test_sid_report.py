@@ -1,4 +1,4 @@
-"""Quality reports beside an index and side by side: figures equal a plain computation, stale ones are not used."""
+"""Quality reports next to an index and in one table: figures equal a plain computation, stale ones are not used."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def test_report_beside_the_index_and_side_by_side(tmp_path, capsys):
     for path in (output.with_suffix(".png"), tmp_path / "none.index.quality.png"):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
-    # A report of another index beside this one is not used.
+    # The report of another index is not used.
     shutil.copy(tmp_path / "none.index.quality.json", tmp_path / "extra_token.index.quality.json")
     stale = sid_report.report_of(paths[1], x)
     assert "before" not in stale and "reconstruction_error" not in stale["after"]

@@ -1,7 +1,7 @@
 """shell/environment.sh: .venv is made once, repaired where its making was interrupted, and filled once.
 
 Invariants: after a kill at any moment the next start has a working .venv; packages in it are kept; requirements are
-installed once for each content of their file; an active environment is used as it is.
+installed once for each content of their file; an active environment is used unchanged.
 """
 
 import os

@@ -104,6 +104,11 @@ def test_wrong_numbers_are_one_line(variables, message):
     assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
 
 
+def test_threads_of_openmp_are_not_cores():
+    """GNU nproc prints OMP_NUM_THREADS where it is set."""
+    assert bash("count_cores", OMP_NUM_THREADS=1).stdout == f"{len(os.sched_getaffinity(0))}\n"
+
+
 def test_cores_without_nproc(tmp_path):
     """macOS has no nproc."""
     (tmp_path / "getconf").write_text('#!/bin/sh\n[ "$1" = _NPROCESSORS_ONLN ] && echo 5\n')

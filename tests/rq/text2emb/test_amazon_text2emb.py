@@ -1,6 +1,6 @@
-"""Text embedding: what becomes an item's text, and that it is embedded as it is written.
+"""Text embedding: what an item's text is, and that it is embedded unchanged.
 
-Invariants: nothing of a text is executed; ids must be consecutive; an item without text gets a text of its own; a missing
+Invariants: nothing of a text is executed; ids must be consecutive; an item without text gets a text with its id; a missing
 field is no word; embeddings do not depend on the batch size; a finished file is not made again.
 """
 
