@@ -55,6 +55,39 @@ def test_a_finished_conversion_is_skipped_and_a_changed_source_is_not(tmp_path, 
     assert read_sequences(world.valid, read_info(world.info).sids, "file")["user"].to_list()[-1] == "new"
 
 
+def test_train_rows_are_cut_and_valid_and_test_rows_are_not(tmp_path):
+    world = write_world(tmp_path)
+    long = "u\t" + " ".join(["1"] * 30) + "\t3\n"
+    for split in ("train", "valid", "test"):
+        path = tmp_path / f"toy.{split}.inter"
+        path.write_text(path.read_text() + long)
+    main(options(tmp_path, max_history=4, overwrite=True))
+    sids = read_info(world.info).sids
+    lengths = {
+        name: read_sequences(getattr(world, name), sids, "file", 99)["history"].list.len()
+        for name in ("train", "valid", "test")
+    }
+    assert lengths["train"].max() == 4 and lengths["valid"][-1] == lengths["test"][-1] == 30
+
+
+def test_published_csvs_get_other_sids(tmp_path):
+    """The same rows under a new index, whatever SIDs the CSVs have."""
+    world = write_world(tmp_path / "old")
+    new = tmp_path / "new"
+    new.mkdir()
+    index = json.loads(world.index.read_text())
+    index = {item: index[str(len(index) - 1 - int(item))] for item in index}
+    (new / "toy.index.json").write_text(json.dumps(index))
+    (new / "toy.item.json").write_text(world.items.read_text())
+    main(options(new, csv_dir=str(world.folder)))
+    for split in ("train", "valid", "test"):
+        old_rows = read_sequences(getattr(world, split), read_info(world.info).sids, "file")
+        new_rows = read_sequences(new / split / "toy.csv", read_info(new / "info" / "toy.txt").sids, "file")
+        assert old_rows.equals(new_rows)
+    with pytest.raises(UserError, match="found 0 files"):
+        main(options(new, csv_dir=str(tmp_path), overwrite=True))
+
+
 @pytest.mark.parametrize("broken", ["toy.test.inter", "toy.index.json", "toy.item.json"])
 def test_a_bad_file_leaves_the_old_result(tmp_path, broken):
     """The test split is read last: new train beside old valid and test would be the result of writing as one reads."""
@@ -104,9 +137,8 @@ def inter(tmp_path, body: str, header: str = HEADER):
 def test_histories_of_any_length_and_blanks(tmp_path):
     long = " ".join(["0"] * 10_000)
     path = inter(tmp_path, f"u\t0  1\t2\n\u00e9\t 0 1 \t2\n\t\t1\n\nv\t{long}\t0\n", "\ufeff" + HEADER)
-    rows = read_inter(path, 3, 20_000)
+    rows = read_inter(path, 3)
     assert rows["history"].list.len().to_list() == [2, 2, 0, 10_000] and rows["target"].to_list() == [2, 2, 1, 0]
-    assert read_inter(path, 3, 10)["history"].to_list() == [[0, 1], [0, 1], [], [0] * 10]
 
 
 BAD_ROWS = {
@@ -128,13 +160,13 @@ def test_bad_rows(tmp_path, case):
     body, found = BAD_ROWS[case]
     path = inter(tmp_path, body)
     with pytest.raises(UserError) as refused:
-        read_inter(path, 3, 10)
+        read_inter(path, 3)
     assert str(path) in str(refused.value) and found in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_other_columns(tmp_path):
     with pytest.raises(UserError, match="found columns .* expected .*item_id_list:token_seq"):
-        read_inter(inter(tmp_path, "", "user_id:token\titem_id:token\n"), 3, 10)
+        read_inter(inter(tmp_path, "", "user_id:token\titem_id:token\n"), 3)
 
 
 def test_empty_histories_and_titles_are_converted(tmp_path):

@@ -268,7 +268,7 @@ def test_a_template_may_word_more_tasks_and_name_the_category_anywhere(tmp_path)
     template["tasks"]["mine"] = {"instruction": "{category}", "input": "{item} of {category} {{x}}"}
     (tmp_path / "template.yaml").write_text(yaml.safe_dump(template), encoding="utf-8-sig")
     prompt = Prompts(tmp_path / "template.yaml", category="toys").render("mine", item="Ball")
-    assert prompt == "toys\nBall of toys {x}\nAnswer:\n"
+    assert prompt == "toys\nBall of toys {x}\n"
     with pytest.raises(UserError, match="no wording for task 'other'"):
         Prompts(tmp_path / "template.yaml").render("other")
 
@@ -360,3 +360,19 @@ def test_no_module_evaluates_or_unpickles():
     for room in ("*.py", "minionerec/**/*.py", "rq/**/*.py", "preprocess/**/*.py"):
         for path in ROOT.glob(room):
             assert not unsafe.search(path.read_text(encoding="utf-8")), path
+
+
+def test_an_answer_may_continue_the_history(tmp_path):
+    """The default template does; one with a response marker in sid_seq does not."""
+    prompts = Prompts(category="toys")
+    assert prompts.continues and prompts.render("sid_seq", history="<a_1>") == "toys:\n<a_1>"
+    assert not Prompts(DEFAULT_TEMPLATE.parent / "prompt_upstream.yaml", "toys").continues
+    template = yaml.safe_load(DEFAULT_TEMPLATE.read_text())
+    template["tasks"]["sid_seq"]["response_marker"] = " ->"
+    (tmp_path / "template.yaml").write_text(yaml.safe_dump(template))
+    marked = Prompts(tmp_path / "template.yaml", "toys")
+    assert not marked.continues and marked.render("sid_seq", history="<a_1>") == "toys:\n<a_1> ->"
+    template["tasks"]["sid_seq"]["response_marker"] = 3
+    (tmp_path / "template.yaml").write_text(yaml.safe_dump(template))
+    with pytest.raises(UserError, match="response_marker is '3', expected a text"):
+        Prompts(tmp_path / "template.yaml")

@@ -209,10 +209,10 @@ class SFTTrainer(Trainer):
 
     def _save_checkpoint(self, *args, **kwargs):
         with writing(self.args.output_dir):
+            if self.average and self.args.should_save:  # first: what is written last completes a checkpoint
+                self.average.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
             with self._averaged():
                 super()._save_checkpoint(*args, **kwargs)
-            if self.average and self.args.should_save:
-                self.average.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

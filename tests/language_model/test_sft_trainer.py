@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from minionerec.common.errors import UserError
 from minionerec.language_model.batches import IGNORED, Collator, Lines
-from minionerec.language_model.sft_trainer import AnswerLogits, Patience, answer_loss
+from minionerec.language_model.sft_trainer import AnswerLogits, Patience
 
 
 def plain_loss_and_gradients(model, rows):
@@ -38,8 +38,8 @@ def assert_loss_and_gradients_equal(model, rows, capacity):
     labels, seen = batch.pop("labels"), []
     model.get_output_embeddings().register_forward_hook(lambda head, inputs, output: seen.append(tuple(output.shape)))
     model.zero_grad()
-    outputs = AnswerLogits(model).of(labels, lambda: model(**batch, use_cache=False))
-    loss = answer_loss(outputs, labels)
+    losses = AnswerLogits(model)
+    loss = losses.loss(losses.of(labels, lambda: model(**batch, use_cache=False)), labels)
     loss.backward()
     assert seen == [(rows.answer.sum(), model.config.vocab_size)]  # logits of answers only
     assert loss.item() == pytest.approx(expected, abs=1e-6)

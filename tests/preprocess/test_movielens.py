@@ -33,7 +33,7 @@ def test_by_hand(tmp_path):
         for split in ("train", "valid", "test")
     }
     # user 1: 30, 10, 20, 40 by time; user 2: 10, 20, 30; user 3 has one rating; ids are 0..3 for films 10..40
-    assert inter == {"train": ["1\t2\t0"], "valid": ["1\t2 0\t1", "2\t0\t1"], "test": ["1\t0 1\t3", "2\t0 1\t2"]}
+    assert inter == {"train": ["1\t2\t0"], "valid": ["1\t2 0\t1", "2\t0\t1"], "test": ["1\t2 0 1\t3", "2\t0 1\t2"]}
     items = json.loads((tmp_path / "out" / "ml-100k.item.json").read_text())
     assert len(items) == 4 and items["0"]["title"] == "Film 10 (1991)" and items["0"]["categories"] == "Drama, War"
 

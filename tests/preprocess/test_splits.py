@@ -42,7 +42,7 @@ def test_leave_one_out():
     rows = [("a", i, 0.0) for i in (5, 3, 9, 1)] + [("b", 7, 0.0), ("c", 1, 0.0), ("c", 2, 1.0)]
     splits = leave_one_out(frame(rows), 2)
     found = {name: split.select("user", "history", "target").rows() for name, split in splits.items()}
-    assert found == {"train": [("a", [5], 3)], "valid": [("a", [5, 3], 9)], "test": [("a", [3, 9], 1)]}
+    assert found == {"train": [("a", [5], 3)], "valid": [("a", [5, 3], 9)], "test": [("a", [5, 3, 9], 1)]}  # the whole history
 
 
 def test_too_few_interactions():
@@ -66,4 +66,5 @@ def test_a_long_history_is_fast():
     rows = [("a", i % 50, float(i)) for i in range(10_000)] + [(f"u{i}", 1, 0.0) for i in range(1_000)]
     splits = leave_one_out(frame(rows), 10)
     assert {name: len(split) for name, split in splits.items()} == {"train": 9_997, "valid": 1, "test": 1}
-    assert splits["test"]["history"].to_list() == [[i % 50 for i in range(9_989, 9_999)]]
+    assert splits["test"]["history"].to_list() == [[i % 50 for i in range(9_999)]]
+    assert splits["train"]["history"][-1].to_list() == [i % 50 for i in range(9_987, 9_997)]
