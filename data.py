@@ -14,13 +14,11 @@ history.
 import os
 import random
 import re
-import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import polars as pl
-import yaml
 
 from minionerec.catalog.catalog import Catalog, target_counts
 from minionerec.catalog.items import Items, prompt_titles, read_info, read_titles
@@ -28,7 +26,7 @@ from minionerec.catalog.sequences import read_preferences as read_preferences
 from minionerec.catalog.sequences import read_sequences
 from minionerec.catalog.sids import canonical_sid, read_index
 from minionerec.common.errors import UserError
-from minionerec.common.tables import read_text
+from minionerec.language_model.prompt_template import read_template
 
 PROMPT_FILE = "prompt.yaml"  # the copy of the template in a checkpoint folder
 DEFAULT_TEMPLATE = Path(__file__).parent / "config" / PROMPT_FILE
@@ -112,17 +110,13 @@ def drawn(rows: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
 # ------------------------------------------------------------------------------------------------ prompts
 
 
-TEXTS = ("instruction_marker", "input_marker", "response_marker", "response_suffix", "sid_separator", "title_separator")
-FIELDS = ("history", "item", "preference")  # what a task fills into its input, in addition to {category}
-
-
 class Prompts:
     """The wording of one template, by default `config/prompt.yaml`, for one category."""
 
     def __init__(self, path: str | Path = DEFAULT_TEMPLATE, category: str = ""):
         """Raises `UserError` naming the key of the template that is missing, unknown or no text."""
         self.path = Path(path)
-        template = read_template(path)
+        template = read_template(path, {name: task.field for name, task in TASKS.items()})
         self.instruction_marker, self.input_marker = template["instruction_marker"], template["input_marker"]
         self.response_marker, self.response_suffix = template["response_marker"], template["response_suffix"]
         self.sid_separator, self.title_separator = template["sid_separator"], template["title_separator"]
@@ -151,67 +145,6 @@ class Prompts:
 
     def title_history(self, history: Sequence[int], items: Items) -> str:
         return self.title_separator.join(items.titles[i] for i in history)
-
-
-def read_template(path: str | Path) -> dict:
-    """The content of a template file, checked: every key is there and known, every value is a text.
-
-    A wording may use {category}; the input of a task must use the task's own field, and no other.
-    """
-
-    def refuse(key: str, found, expected: str) -> None:
-        raise UserError(
-            f"{path}: not a prompt template: {key} is {str(found)[:60]!r}, expected {expected}; "
-            "compare it with config/prompt.yaml"
-        )
-
-    try:
-        template = yaml.safe_load(read_text(path, "prompt_template"))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not a prompt template: {reason}; compare it with config/prompt.yaml") from None
-    if not isinstance(template, dict):
-        refuse("the file", template, "keys and values")
-    for key in (*TEXTS, "tasks", "categories"):
-        kind, expected = (str, "a text") if key in TEXTS else (dict, "keys and values")
-        if not isinstance(template.get(key), kind):
-            refuse(key, template.get(key, "missing"), expected)
-    for key in template:
-        if key not in (*TEXTS, "tasks", "categories"):
-            refuse(str(key), template[key], "no such key")
-    for name, text in template["categories"].items():
-        if not isinstance(name, str) or not isinstance(text, str):
-            refuse(f"categories: {name}", text, "a text for a name")
-    for task, wording in template["tasks"].items():
-        keys = set(wording) if isinstance(wording, dict) else set()
-        if keys - {"response_marker"} != {"instruction", "input"}:
-            refuse(f"tasks: {task}", wording, "the keys instruction and input, and response_marker or not")
-        needed = {TASKS[task].field} if task in TASKS else set()
-        allowed = {"instruction": set(), "input": needed or set(FIELDS)}
-        marker = wording.get("response_marker", "")
-        if not isinstance(marker, str):
-            refuse(f"tasks: {task}: response_marker", marker, "a text")
-        for key in ("instruction", "input"):
-            text = wording[key]
-            found = fields_of(text)
-            if found is None or not (needed if key == "input" else set()) <= found <= {*allowed[key], "category"}:
-                names = [f"{{{name}}}" for name in sorted(allowed[key])]
-                refuse(
-                    f"tasks: {task}: {key}",
-                    text,
-                    f"a text with {' or '.join([*names, '{category}'])} and no other field",
-                )
-    return template
-
-
-def fields_of(text) -> set[str] | None:
-    """`"{history} of {category}"` -> {"history", "category"}; None for what is no text with plain fields."""
-    try:
-        parts = list(string.Formatter().parse(text))
-    except (TypeError, ValueError):
-        return None
-    plain = all(not spec and not conversion for _, name, spec, conversion in parts if name is not None)
-    return {name for _, name, _, _ in parts if name is not None} if plain else None
 
 
 def readable(category: str) -> str:

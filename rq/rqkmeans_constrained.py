@@ -3,9 +3,13 @@
     python -m rq.rqkmeans_constrained --dataset ml-100k --root output/quickstart/data --k 64
 
 Writes <D>.codebooks_constrained.npz and <D>.index.json with its quality report into --root. All cluster sizes are in
-[max(1, n//K - 1), n//K + 1]. `--solver flow` is `k-means-constrained`, whose time and memory grow with n * K.
-`--solver transport` is Lloyd's iteration with `rq.balanced.transport_assignment`, for any n. `auto` takes the flow up
-to n * K = 5.2 million.
+[max(1, n//K - 1), n//K + 1]. Each iteration of Lloyd's algorithm assigns the items within these bounds (`rq.balanced`):
+`--solver flow` at the lowest cost, with time and memory that grow with n * K; `--solver transport` at nearly the lowest
+cost, for any n. `auto` takes the flow up to n * K = 5.2 million.
+
+Departure from the published code, `KMeansConstrained.fit` of `k-means-constrained`: the cost is the squared distance,
+which k-means minimises, of points scaled to unit spread. The library rounds 1000 times the plain distance to an integer,
+so its clusters depend on the unit of the embeddings.
 """
 
 from collections.abc import Callable

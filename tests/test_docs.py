@@ -92,7 +92,9 @@ def names_of(options) -> set[str]:
 
 def script_of(launcher: str) -> str | None:
     """The script that a launcher starts; None for run.sh and test.sh, which start none or several."""
-    found = re.search(r'^\s*(?:exec )?launch \S+ (\S+) .*"\$@"', (ROOT / launcher).read_text(encoding="utf-8"), re.M)
+    text = (ROOT / launcher).read_text(encoding="utf-8")
+    found = re.search(r'^launch .*?([\w.]+) "\$@"$', text, re.M)
+    assert found or launcher in ("run.sh", "test.sh"), f"{launcher} does not end in a line like launch python SCRIPT"
     return found and found[1]
 
 
@@ -220,6 +222,7 @@ def test_every_flag_and_variable_in_a_code_span_exists(page):
         ("python sasrec.py --no_such_option 1", "no option --no_such_option"),
         ("python sasrec.py --epochs many", "invalid int value"),
         ("python sasrec.py --model best", "expected one of"),
+        ("bash sft.sh --no_such_option 1", "no option --no_such_option"),
         ("EPOCHS=none bash sasrec.sh", "invalid int value"),
         ("NO_SUCH_VARIABLE=1 bash sasrec.sh", "does not use"),
         ("NO_SUCH_VARIABLE=1 bash run.sh", "does not use"),

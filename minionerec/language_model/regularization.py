@@ -13,7 +13,14 @@ from minionerec.common.files import atomic_file
 from minionerec.decoding.lm_head import unwrap_adapter
 
 WEIGHTS = "trained_weights.safetensors"  # in a checkpoint whose model is the average
-BRANCHES = ("self_attn", "attn", "attention", "mlp", "feed_forward", "fc2")  # submodules whose output joins the residual
+BRANCHES = (
+    "self_attn",
+    "attn",
+    "attention",
+    "mlp",
+    "feed_forward",
+    "fc2",
+)  # submodules whose output joins the residual
 
 
 def add_dropout(model, p: float) -> None:

@@ -54,6 +54,7 @@ BAD = {
     "latin-1": ("a,b\nx,1\né,2\n".encode("latin-1"), "line 3: found the byte 0xe9"),
     "surrogates": (b"a,b\n\xed\xa0\x80,2\n", "line 2: found the byte 0xed"),
     "utf-16": ("a,b\n1,2\n".encode("utf-16"), "found UTF-16"),
+    "utf-16 without a zero byte in its header": ("\u6807\u9898\n1\n".encode("utf-16"), "found UTF-16"),
     "utf-16 without a mark": ("a,b\n1,2\n".encode("utf-16-le"), "found UTF-16"),
     "zip": (b"PK\x03\x04\0\0\0\0", "found UTF-16 or binary data"),
     "a cell too many": (b"a,b\n1,2\n1,2,3\n", "row 3: found 3 cells, expected 2"),

@@ -25,7 +25,17 @@ from minionerec.language_model.sft_trainer import SFTTrainer
 
 IDS = torch.arange(1, 13).view(2, 6)
 OWN_DROPOUT = ("dropout", "attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
-BLOCKS = {"qwen2": 4, "llama": 4, "gpt2": 4, "opt": 4, "gpt_neox": 4, "phi": 4, "gemma2": 4, "gptj": 4, "opt projected": 4}
+BLOCKS = {
+    "qwen2": 4,
+    "llama": 4,
+    "gpt2": 4,
+    "opt": 4,
+    "gpt_neox": 4,
+    "phi": 4,
+    "gemma2": 4,
+    "gptj": 4,
+    "opt projected": 4,
+}
 
 
 def without_dropout(name: str):

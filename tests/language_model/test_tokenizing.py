@@ -126,7 +126,9 @@ def test_rows_that_differ_from_the_tokenizer_are_refused(call, base_model, pairs
     tokenizer = load_tokenizer(base_model, "base_model")
     check_rows(tokenize(pairs, tokenizer, "", "; "), pairs, tokenizer, "")
     tokenizer("a text of some words", **call)  # leaves its state in the tokenizer
-    with pytest.raises(UserError, match="row 0, prompt 'toys and games.*tokenised in bulk it has .* tokens, by the tokenizer"):
+    with pytest.raises(
+        UserError, match="row 0, prompt 'toys and games.*tokenised in bulk it has .* tokens, by the tokenizer"
+    ):
         check_rows(tokenize(pairs, tokenizer, "", "; "), pairs, tokenizer, "")
 
 

@@ -42,7 +42,11 @@ def test_leave_one_out():
     rows = [("a", i, 0.0) for i in (5, 3, 9, 1)] + [("b", 7, 0.0), ("c", 1, 0.0), ("c", 2, 1.0)]
     splits = leave_one_out(frame(rows), 2)
     found = {name: split.select("user", "history", "target").rows() for name, split in splits.items()}
-    assert found == {"train": [("a", [5], 3)], "valid": [("a", [5, 3], 9)], "test": [("a", [5, 3, 9], 1)]}  # the whole history
+    assert found == {
+        "train": [("a", [5], 3)],
+        "valid": [("a", [5, 3], 9)],
+        "test": [("a", [5, 3, 9], 1)],
+    }  # the whole history
 
 
 def test_too_few_interactions():
