@@ -1,6 +1,6 @@
 """Baselines tuned on valid, then trained with several seeds: mean and spread, next to popularity and the Markov chain.
 
-    python -m benchmarks.baselines --dataset_dir ../shared/data/industrial --output_dir output/baselines/industrial
+    python -m benchmarks.baselines --dataset_dir data/industrial --output_dir output/baselines/industrial
     python -m benchmarks.baselines ... --models sasrec --shard 0/8 &  # one of eight processes that divide the work
 
 Each model is trained with every combination of its grid (config/baselines.yaml) and one seed. The combination with

@@ -1,6 +1,6 @@
 """SFT, RL and baselines side by side: trained, scored on valid and on test, with several seeds, several at a time.
 
-    python -m benchmarks.experiments --plan benchmarks/plans/rl.yaml --dataset_dir ../shared/data/industrial \\
+    python -m benchmarks.experiments --plan benchmarks/plans/rl.yaml --dataset_dir data/industrial \\
         --output_dir output/experiments/industrial --bases tiny=output/base --jobs 2
 
 A plan names its runs. Each is a launcher with variables. `base` names a model of --bases; `start` names the run whose
