@@ -151,7 +151,9 @@ def test_fewer_beams_and_predictions(world, checkpoint_folder, tmp_path):
 def test_users_without_a_name(world, checkpoint_folder, tmp_path):
     """More empty ids than a reader looks at to guess a column's type, and then one that is not."""
     table = pl.read_csv(world.test, infer_schema=False)
-    many = pl.concat([table.head(1).with_columns(user_id=pl.lit("")) for _ in range(120)] + [table.tail(1)])
+    many = pl.concat(
+        [table.head(1).with_columns(user_id=pl.lit(None, pl.String)) for _ in range(120)] + [table.tail(1)]
+    )
     for name, rows in (("mixed", many), ("none", many.head(3))):
         rows.write_csv(tmp_path / f"{name}.csv")
         output = tmp_path / f"{name}.json"

@@ -142,7 +142,11 @@ def test_lines_that_wait_form_a_batch():
     lines = queue.Queue()
     batches = recommend.waiting_lines(iter(lines.get, None), 3)
     lines.put("a")
-    assert next(batches) == [(1, "a")]
+    first = []
+    thread = threading.Thread(target=lambda: first.extend(next(batches)), daemon=True)  # waiting for more would hang
+    thread.start()
+    thread.join(timeout=20)
+    assert first == [(1, "a")]
     for line in ("b", " \n", "c", "d", "e", None):
         lines.put(line)
     rest = list(batches)
