@@ -5,6 +5,7 @@ old training aside; options that do not shape the result do not count; invalid i
 """
 
 import json
+import os
 import subprocess
 import sys
 
@@ -129,3 +130,13 @@ def test_paths_of_the_wrong_kind_are_one_line(embedding_file, tmp_path):
         assert str(tmp_path / "file") in refusal(rqvae, *given, "--ckpt_dir", folder)
     assert "not a .npy array" in refusal(rqvae, "--data_path", tmp_path, "--ckpt_dir", tmp_path / "ckpt")
     assert (tmp_path / "file").read_text() == "not a folder" and not (tmp_path / "ckpt").exists()
+
+
+def test_an_installed_package_of_the_same_name_is_no_obstacle(tmp_path):
+    """A task queue on the package index is also called rq."""
+    (tmp_path / "rq").mkdir()
+    (tmp_path / "rq" / "__init__.py").write_text("raise ImportError('the other rq')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "rq.rqvae", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "--num_emb_list" in done.stdout, done.stderr
