@@ -21,7 +21,7 @@ HIDDEN_SIZE=${HIDDEN_SIZE:-}
 NUM_LAYERS=${NUM_LAYERS:-}            # sasrec, gru4rec
 NUM_HEADS=${NUM_HEADS:-}              # sasrec
 DROPOUT=${DROPOUT:-}
-ITEM_FEATURES=${ITEM_FEATURES:-}      # .npy of item vectors in place of item ids
+ITEM_FEATURES=${ITEM_FEATURES:-}      # .npy of item vectors instead of item ids
 
 # ---- training
 LOSS=${LOSS:-}                        # ce, sampled_softmax or bce

@@ -90,7 +90,7 @@ def test_published_csvs_get_other_sids(tmp_path):
 
 @pytest.mark.parametrize("broken", ["toy.test.inter", "toy.index.json", "toy.item.json"])
 def test_a_bad_file_leaves_the_old_result(tmp_path, broken):
-    """The test split is read last: new train beside old valid and test would be the result of writing as one reads."""
+    """The test split is read last: writing each split after reading it would leave a new train with old valid and test."""
     write_world(tmp_path)
     train = tmp_path / "toy.train.inter"
     train.write_text(train.read_text() + "new\t1 2\t3\n")

@@ -1,4 +1,4 @@
-"""Full and read-only disks: each stage ends with one line, and goes on once there is room.
+"""Full and read-only disks: each stage ends with one line, and resumes when there is room.
 
 Invariants: exit code 2, one error line that names the disk's problem, no traceback; no result is half-written; the same
 command succeeds after space was freed.

@@ -1,6 +1,6 @@
 """Every stage is killed with SIGKILL at random moments and started again with the same command.
 
-Invariants: the result has the bytes of an unbroken run's; a record that says "complete" has a whole result beside it;
+Invariants: the result has the bytes of an unbroken run's; a record that says "complete" has a whole result next to it;
 no start after a kill is refused. Each stage is killed 20 times. A table of the counts is printed at the end:
 
     python -m pytest tests/test_kill.py -m slow -s
@@ -169,7 +169,7 @@ def results(folder: Path, patterns: list[str]) -> dict[str, bytes]:
 
 
 def require_whole(folder: Path) -> None:
-    """Every record that says "complete" has all its files beside it."""
+    """Every record that says "complete" has all its files next to it."""
     for path in folder.glob("**/*run.json"):
         record = json.loads(path.read_text())
         for name, size in record.get("outputs", {}).items() if record["complete"] else ():

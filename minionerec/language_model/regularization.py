@@ -64,7 +64,7 @@ class MovingAverage:
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.weights.values()], 1 - decay)
 
     def save(self, folder: str | Path) -> None:
-        """Write the weights themselves beside a checkpoint that holds the average."""
+        """Write the plain weights next to a checkpoint that has the average."""
         tensors = {name: p.detach().cpu().contiguous() for name, p in self.weights.items()}
         with atomic_file(Path(folder) / WEIGHTS, "wb") as f:
             f.write(to_safetensors(tensors, {"step": str(self.step)}))

@@ -1,4 +1,4 @@
-"""Cross-entropy over the trie beside plain Python.
+"""Cross-entropy over the trie compared with plain Python.
 
 Invariants: the loss and its gradients are those of a softmax over the allowed tokens only, with or without label
 smoothing, for any depth and any LM head; a level with one child costs exactly nothing; answers of text in the same batch

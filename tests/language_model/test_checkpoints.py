@@ -1,7 +1,7 @@
 """Models on disk.
 
 Invariants: a folder that is cut off, foreign, not finite or not a model is a one-line error; a sampling configuration of
-the base model does not stop a save; a save can be repeated and leaves other files alone; every checkpoint carries its
+the base model does not stop a save; a save can be repeated and keeps other files; every checkpoint carries its
 settings and wording; checkpoints of a run are removed only when they are no longer needed, other folders never.
 """
 

@@ -2,7 +2,7 @@
 
 Invariants: dropout changes outputs in training and nothing in evaluation or in what is saved, for architectures that name
 their blocks differently, and is refused where there are no such blocks; the average follows its formula; evaluation and
-checkpoints have the average, training goes on with the weights, and a resumed run ends as an unbroken one.
+checkpoints have the average, training continues with the plain weights, and a resumed run ends as an unbroken one.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Rows of SFT that are whole sequences, beside rows one by one.
+"""Rows of SFT that are whole sequences, compared with rows one by one.
 
 Invariants: a row's ids are what the tokenizer makes of prompt and answers; the loss and its gradients summed over the
 sequences are those summed over their rows, each with its own prompt, for sequences within the window, in both spaces,

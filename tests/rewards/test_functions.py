@@ -16,7 +16,7 @@ from minionerec.rewards.functions import dense, ndcg, prefix, rule, sasrec, sema
 
 A, B, C, D = "<a_0><b_0>", "<a_0><b_1>", "<a_1><b_0>", "<a_1><b_1>"
 DEEP, NONE = "<a_0><b_2><c_0>", "no SID"
-# items 0 to 5; items 1 and 4 share B, and train takes 4 more often: B stands for item 4
+# items 0 to 5; items 1 and 4 share B, and train takes 4 more often, so item 4 is first in B
 CATALOG = Catalog([A, B, C, D, B, DEEP], popularity=[0, 1, 0, 0, 3, 0])
 EMBEDDINGS = np.array([[1, 0], [0, 1], [0.6, 0.8], [-1, 0], [0.8, 0.6], [0, -1]], dtype=np.float32)
 
@@ -70,7 +70,7 @@ def test_prefix():
 def test_semantic():
     columns = {"catalog": CATALOG, "embeddings": EMBEDDINGS}
     found = semantic(rows(A, B, C, D, NONE), target_item=[0] * 5, **columns)
-    assert found == pytest.approx([1, 0.8, 0.6, -1, -1])  # B stands for item 4, not for item 1 with 0
+    assert found == pytest.approx([1, 0.8, 0.6, -1, -1])  # the first item of B is 4, not 1
     # the target is item 1 with SID B, but B recommends item 4 first
     assert semantic(rows(B, A), target_item=[1, 1], **columns) == pytest.approx([0.6, 0])
 
@@ -116,7 +116,7 @@ def test_dense_without_a_history_is_the_prefix_term():
     columns = {"catalog": CATALOG, "baseline": scores, "num_generations": 2}
     found = dense(rows(B, C), rows(A, A), [0, 0], [[], []], **columns)
     assert found == pytest.approx([0.1 * np.interp(1 / 2, [1 / 3, 2 / 3], [0.2, 0.5]), 0])
-    # beside a group with a history, whose values do not change
+    # next to a group with a history, whose values do not change
     both = dense(rows(B, C, C, D), rows(*[A] * 4), [0] * 4, [[], [], [1], [1]], **columns)
     assert both[:2] == pytest.approx(found)
     assert both[2:] == pytest.approx(dense(rows(C, D), rows(A, A), [0, 0], [[1], [1]], **columns))
