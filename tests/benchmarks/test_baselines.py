@@ -34,7 +34,7 @@ def options(world, tmp_path):
 def trainings(monkeypatch):
     """The options of every training that happens."""
     done, fit = [], training.fit
-    monkeypatch.setattr(training, "fit", lambda o, *rest: done.append(o) or fit(o, *rest))
+    monkeypatch.setattr(training, "fit", lambda o, *rest, **named: done.append(o) or fit(o, *rest, **named))
     return done
 
 
@@ -80,11 +80,11 @@ def test_a_killed_command_continues_to_the_same_end(options, trainings, capsys):
     shutil.rmtree(options.output_dir)
     fit, left = training.fit, [3]
 
-    def dies(*arguments):
+    def dies(*arguments, **named):
         left[0] -= 1
         if left[0] < 0:
             raise Killed
-        return fit(*arguments)
+        return fit(*arguments, **named)
 
     training.fit = dies
     with pytest.raises(Killed):
@@ -145,7 +145,7 @@ BAD = {
     "no setting": ("sasrec: {output_dir: x}", "found output_dir: ['x'], expected values"),
     "no value": ("sasrec: {epochs: []}", "found epochs: []"),
     "type": ("sasrec: {hidden_size: [8, wide]}", "invalid int value: 'wide'"),
-    "value": ("sasrec: {num_heads: 3}", "a multiple of --num_heads 3"),
+    "value": ("sasrec: {num_heads: 5}", "a multiple of --num_heads 5"),
     "yaml": ("sasrec: {", "not YAML"),
 }
 
