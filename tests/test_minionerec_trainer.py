@@ -220,6 +220,7 @@ class RowByRow(ReReTrainer):
 def test_training_equals_row_by_row(policy, world, tmp_path, settings):
     """Old, reference and current policy through whole steps: two runs, one trajectory."""
     settings |= {"max_steps": 4, "optim": "sgd", "learning_rate": 1e-2, "bf16": False, "beta": 0.1, "max_grad_norm": 0}
+    settings["rewards"] = [varied]
     ours, plain = (make_trainer(policy, world, tmp_path, trainer=t, **settings) for t in (ReReTrainer, RowByRow))
     start = copy.deepcopy(ours.model.state_dict())
     for trainer in (ours, plain):
@@ -374,7 +375,8 @@ def test_sampled_groups(policy, world, tmp_path, dynamic_sampling):
 
 
 def test_training_moves_parameters_and_logs(policy, world, tmp_path):
-    trainer = make_trainer(policy, world, tmp_path, test_beams=6)
+    rewards = [*reward_functions("ranking", 4, policy.catalog), varied]
+    trainer = make_trainer(policy, world, tmp_path, rewards=rewards, test_beams=6)
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
     assert any(not torch.equal(before[n], p) for n, p in trainer.model.state_dict().items())
