@@ -14,7 +14,7 @@ def test_the_command(base_model):
     done = run_stage("benchmarks.sft_step", "--tokenizer", base_model, *sizes, "--json")
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["time_ratio"] > 0 and result["memory_ratio"] > 0
-    assert "plain" in done.stdout and "estimated were" in done.stdout
+    assert "plain" in done.stdout and "the estimate was" in done.stdout
 
 
 def test_a_tokenizer_that_is_too_large(base_model):
