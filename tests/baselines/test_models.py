@@ -1,4 +1,8 @@
-"""SASRec, GRU4Rec and Caser compared with slow twins: states, scores, losses, checkpoints."""
+"""SASRec, GRU4Rec and Caser compared with slow twins: states, scores, losses, checkpoints.
+
+Invariants: a state depends on the items up to its position and not on padding; every item of a history and its place reach
+the score; the loss is the formula; a loaded checkpoint scores as the saved model.
+"""
 
 import json
 
@@ -29,11 +33,9 @@ every_model = pytest.mark.parametrize("name", MODELS)
 @every_model
 def test_a_position_sees_nothing_after_it(name):
     model = small(name)
-    one = torch.tensor([[1, 2, 3, 4, 5], [12, 12, 3, 4, 5]])
-    other = torch.tensor([[1, 2, 3, 9, 10], [12, 12, 3, 9, 10]])
-    a, b = model(one, keep=5), model(other, keep=5)
-    before = (one != 12)[:, :3]  # padding's own states are nobody's
-    torch.testing.assert_close(a[:, :3][before], b[:, :3][before])
+    one, other = torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[1, 2, 3, 9, 10]])
+    a, b = model(one), model(other)
+    torch.testing.assert_close(a[:, :3], b[:, :3])
     assert (a[:, 3:] - b[:, 3:]).abs().amax((1, 2)).min() > 1e-3
 
 
@@ -47,14 +49,15 @@ def test_every_item_of_the_history_and_its_place_reach_the_last_position(name):
 
 
 @every_model
-def test_left_padding_does_not_change_scores(name):
+def test_padding_does_not_change_states_or_scores(name):
     model = small(name)
-    short = model.logits(model(torch.tensor([[7, 2, 5]]), keep=1))[:, 0]
-    padded = model.scores([[7, 2, 5]])
-    torch.testing.assert_close(short, padded)
+    short, padded = torch.tensor([[7, 2, 5]]), torch.tensor([[7, 2, 5, 12, 12]])
+    torch.testing.assert_close(model(short), model(padded)[:, :3])
+    scores = model.scores([[7, 2, 5]])
+    torch.testing.assert_close(model.scores([[7, 2, 5], [1, 2, 3, 4, 5]])[:1], scores)
     with torch.no_grad():
         model.items.weight[12] = 100.0  # the padding's embedding is not read
-    torch.testing.assert_close(model.scores([[7, 2, 5]]), padded)
+    torch.testing.assert_close(model.scores([[7, 2, 5], [1, 2, 3, 4, 5]])[:1], scores)
 
 
 @every_model
@@ -69,14 +72,6 @@ def test_scores_of_a_batch_equal_scores_row_by_row_without_dropout(name):
 
 
 @every_model
-def test_states_at_places_are_the_states_of_all_positions_there(name):
-    model = small(name)
-    histories = model.pad([[1, 2, 3, 4, 5], [7, 8], [9]])
-    places = histories != 12
-    torch.testing.assert_close(model.states_at(histories, places), model(histories, keep=5)[places])
-
-
-@every_model
 @pytest.mark.parametrize("item", [-1, 12, 1000])
 def test_an_unknown_item_has_no_score(name, item):
     with pytest.raises(ValueError, match=f"item {item} is not in the catalog of 0..11 that {name} knows"):
@@ -87,7 +82,7 @@ def test_an_unknown_item_has_no_score(name, item):
 def test_a_score_is_the_state_times_the_output_embedding_plus_the_bias(tied):
     model = small(tie_embeddings=tied)
     with torch.no_grad():
-        state = model(model.pad([[3, 4]]), keep=1)[0, 0]
+        state = model(model.pad([[3, 4]]))[0, -1]
     table, bias = (model.items if tied else model.outputs).weight.detach(), model.bias.detach()
     for item in range(12):
         expected = float(state @ table[item] + bias[item])
@@ -105,10 +100,10 @@ def test_sasrec_is_the_papers_formulas_for_one_row():
         x = [model.items.weight[i] * 4 + model.positions.weight[p] for p, i in enumerate(row)]  # sqrt(16) = 4
         for block in model.blocks:
             normed = [norm(v, (16,), block.attention_norm.weight, block.attention_norm.bias) for v in x]
-            keys, values = zip(*(block.key_value(v).split(16) for v in normed), strict=True)
+            queries, keys, values = zip(*(block.query_key_value(v).split(16) for v in normed), strict=True)
             after = []
-            for p, v in enumerate(normed):
-                query, heads = block.query(v), []
+            for p, query in enumerate(queries):
+                heads = []
                 for head in (slice(0, 8), slice(8, 16)):
                     weights = torch.stack([query[head] @ keys[q][head] / 8**0.5 for q in range(p + 1)]).softmax(0)
                     heads.append(sum(w * values[q][head] for q, w in enumerate(weights)))
@@ -116,7 +111,7 @@ def test_sasrec_is_the_papers_formulas_for_one_row():
                 after.append(y + block.feed(norm(y, (16,), block.feed_norm.weight, block.feed_norm.bias)))
             x = after
         expected = torch.stack([norm(v, (16,), model.norm.weight, model.norm.bias) for v in x])
-        torch.testing.assert_close(model(torch.tensor([row]), keep=5)[0], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(torch.tensor([row]))[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gru4rec_is_the_recurrence_step_by_step():
@@ -135,7 +130,7 @@ def test_gru4rec_is_the_recurrence_step_by_step():
                 states.append(state)
             inputs = states
         expected = model.output(torch.stack(states))
-        torch.testing.assert_close(model(model.pad([row]), keep=3)[0], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(model.pad([row]))[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_caser_is_its_convolutions_as_loops():
@@ -156,55 +151,60 @@ def test_caser_is_its_convolutions_as_loops():
             for f in range(2):
                 features.append(sum(float(model.vertical.weight[f, i] * image[i, column]) for i in range(5)))
         expected = torch.relu(model.output(torch.tensor(features)))
-        torch.testing.assert_close(model(model.pad([row]), keep=1)[0, 0], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(model.pad([row]))[0, -1], expected, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ losses
 
 
-@pytest.mark.parametrize("name", ["gru4rec", "caser", "sasrec"])
-def test_loss_over_all_positions_is_the_mean_over_prefixes(name):
-    """A row of n items is n rows, one for each prefix (sasrec: where positions do not matter)."""
+def positions(model, rows):
+    """(items, targets) of whole sequences; each position is asked for the item after it."""
+    items = model.pad([row[:-1] for row in rows])
+    targets = torch.full_like(items, model.n_items)
+    for number, row in enumerate(rows):
+        targets[number, : len(row) - 1] = torch.tensor(row[1:])
+    return items, targets
+
+
+@every_model
+def test_the_loss_of_a_sequence_is_the_mean_over_its_prefixes(name):
     model = small(name)
-    if name == "sasrec":
-        with torch.no_grad():
-            model.positions.weight.zero_()
-    rows = [([3, 1, 4], 1), ([5], 9), ([2, 6, 5, 3, 5], 8)]
-    prefixes = [((h + [t])[: i + 1], (h + [t])[i + 1]) for h, t in rows for i in range(len(h))]
-    whole, split = (model.pad([h for h, _ in part]) for part in (rows, prefixes))
-    targets = [torch.tensor([t for _, t in part]) for part in (rows, prefixes)]
-    every, last = (
-        model.loss(part, t, every_position=every)
-        for part, t, every in ((whole, targets[0], True), (split, targets[1], False))
-    )
-    torch.testing.assert_close(every, last)
+    rows = [[3, 1, 4, 1], [5, 9], [2, 6, 5, 3, 5, 8]]
+    prefixes = [row[: i + 1] for row in rows for i in range(1, len(row))]
+    scores = model.scores([prefix[:-1] for prefix in prefixes]).log_softmax(dim=1)
+    expected = -torch.stack([scores[i, prefix[-1]] for i, prefix in enumerate(prefixes)]).mean()
+    torch.testing.assert_close(model.loss(*positions(model, rows)), expected)
+    items, targets = positions(model, rows)
+    targets[0, :2] = model.n_items  # context without a loss
+    kept = [scores[i, prefix[-1]] for i, prefix in enumerate(prefixes) if i not in (0, 1)]
+    torch.testing.assert_close(model.loss(items, targets), -torch.stack(kept).mean())
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_losses_by_hand(tied, monkeypatch):
+def test_losses_with_negatives_by_hand(tied, monkeypatch):
     model = small("gru4rec", tie_embeddings=tied)
-    histories, targets = [[3, 1, 4], [5]], [1, 9]
-    scores = model.scores(histories).double()
-    padded, wanted = model.pad(histories), torch.tensor(targets)
-    expected = -(scores[0].softmax(0)[1].log() + scores[1].softmax(0)[9].log()) / 2
-    assert model.loss(padded, wanted, every_position=False).item() == pytest.approx(float(expected), rel=1e-5)
-    drawn = torch.tensor([[0, 2], [7, 8]])
-    monkeypatch.setattr("minionerec.baselines.models.draw_unseen", lambda seen, n_items, count: drawn)
-    positive = sum(torch.sigmoid(scores[row, item]).log() for row, item in enumerate(targets)) / 2
-    negative = sum((1 - torch.sigmoid(scores[row, i])).log() for row in (0, 1) for i in drawn[row]) / 4
-    found = model.loss(padded, wanted, every_position=False, negatives=2)
+    items, targets = model.pad([[3], [5]]), torch.tensor([[1], [9]])
+    scores = model.scores([[3], [5]]).double()
+    drawn = torch.tensor([0, 9, 7])  # shared by the rows; 9 is the second row's target and no negative there
+    monkeypatch.setattr(torch, "randint", lambda *a, **k: drawn)
+    expected = -(scores[0, [1, 0, 9, 7]].log_softmax(0)[0] + scores[1, [9, 0, 7]].log_softmax(0)[0]) / 2
+    found = model.loss(items, targets, kind="sampled_softmax", negatives=3)
+    assert found.item() == pytest.approx(float(expected), rel=1e-5)
+    own = torch.tensor([[0, 2], [7, 8]])
+    monkeypatch.setattr("minionerec.baselines.models.draw_unseen", lambda seen, n_items, count: own)
+    positive = sum(torch.sigmoid(scores[row, item]).log() for row, item in enumerate((1, 9))) / 2
+    negative = sum((1 - torch.sigmoid(scores[row, i])).log() for row in (0, 1) for i in own[row]) / 4
+    found = model.loss(items, targets, kind="bce", negatives=2)
     assert found.item() == pytest.approx(-float(positive + negative), rel=1e-5)
 
 
-@pytest.mark.parametrize("every", [True, False])
-def test_negatives_are_never_of_their_own_row(every, monkeypatch):
+def test_negatives_of_bce_are_never_of_their_own_row(monkeypatch):
     model, calls = small("gru4rec"), []
     monkeypatch.setattr("minionerec.baselines.models.draw_unseen", lambda *a: calls.append(a) or draw_unseen(*a))
-    model.loss(model.pad([[3, 1, 4], [5]]), torch.tensor([1, 9]), every_position=every, negatives=4)
+    model.loss(*positions(model, [[3, 1, 4, 1], [5, 9]]), kind="bce", negatives=4)
     [(seen, n_items, count)] = calls
-    row, other = [12, 12, 3, 1, 4, 1], [12, 12, 12, 12, 5, 9]
     assert (n_items, count) == (12, 4)
-    assert seen.tolist() == ([row] * 3 + [other] if every else [row, other])
+    assert [set(row) - {12} for row in seen.tolist()] == [{3, 1, 4}] * 3 + [{5, 9}]
 
 
 def test_unseen_items_are_drawn_evenly():
@@ -233,7 +233,7 @@ def test_a_loaded_checkpoint_gives_equal_scores(tmp_path, name, tied):
 
 
 def test_loading_refuses_another_folder_and_another_catalog(tmp_path):
-    with pytest.raises(UserError, match="cf_path"):
+    with pytest.raises(UserError, match="baseline_path"):
         load_checkpoint(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no such file"):
         load_checkpoint(tmp_path)
@@ -243,9 +243,24 @@ def test_loading_refuses_another_folder_and_another_catalog(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for change in ({"hidden_size": 32}, {"model_type": "bert"}, {"hidden_size": "wide"}, {"depth": 2}):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(UserError, match="cf_path"):
+        with pytest.raises(UserError, match="baseline_path"):
             load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(UserError, match="cf_path"):
+    with pytest.raises(UserError, match="baseline_path"):
         load_checkpoint(tmp_path)
+
+
+def test_features_replace_ids_and_are_saved(tmp_path):
+    """Items with equal features have equal scores; the features are not trained."""
+    features = torch.randn(6, 3)
+    features[4] = features[2]
+    model = MODELS["sasrec"](
+        n_items=6, max_history=5, hidden_size=8, dropout=0.0, num_layers=1, num_heads=2, features=features
+    ).eval()
+    scores = model.scores([[2, 1], [4, 1]])
+    torch.testing.assert_close(scores[0], scores[1])
+    torch.testing.assert_close(scores[:, 2], scores[:, 4])
+    assert not any(p.shape == features.shape for p in model.parameters())
+    model.save(tmp_path)
+    torch.testing.assert_close(load_checkpoint(tmp_path, n_items=6).scores([[2, 1]]), scores[:1])
