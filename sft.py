@@ -329,8 +329,6 @@ def build_trainer(options: Options, args, data, model, tokenizer, lines, order, 
     from minionerec.language_model.sft_trainer import Patience, SFTTrainer, TimeBudget
 
     args.num_train_epochs = passes(options, lines[0], data.catalog)
-    steps = math.ceil(args.num_train_epochs * (len(order) // options.batch_size))
-    args.eval_steps = args.save_steps = min(args.eval_steps, steps)  # at least one evaluation
     patience, pad = options.early_stopping_patience, tokenizer.pad_token_id
     callbacks = [keep, *([Patience(patience)] if patience else [])]
     callbacks += [TimeBudget(options.time_budget)] if options.time_budget else []

@@ -92,7 +92,7 @@ def killed(options, saves: int = 2) -> Path:
         ({"sid_tokens": "all"}, "--sid_tokens all: expected codebook or used"),
         ({"report_to": "paper"}, "--report_to paper: expected none or wandb or tensorboard"),
         ({"lr_scheduler_type": "sine"}, "--lr_scheduler_type sine: expected one of linear, cosine"),
-        ({"num_epochs": 0}, "--num_epochs 0: expected more than 0"),
+        ({"num_epochs": -1}, "--num_epochs -1: expected more than 0"),
         ({"learning_rate": float("nan")}, "--learning_rate nan: expected a finite number"),
         ({"eval_step": 1.5}, "--eval_step 1.5: expected a number of steps, or a share"),
         ({"train_rows": 0}, "--train_rows 0: expected at least 1, or -1 for all"),

@@ -156,8 +156,6 @@ def _neutral(model):
     old = model.generation_config
     ids = {name: getattr(old, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids)
-    for name in model.config._get_generation_parameters():
-        delattr(model.config, name)
     return model
 
 
@@ -291,7 +289,8 @@ class KeepCheckpoints(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Find the best checkpoint of a run whose folder has moved since."""
-        best = state.best_model_checkpoint
+        step = state.best_global_step  # the Trainer forgets the path of a best checkpoint that is not there
+        best = state.best_model_checkpoint or (f"checkpoint-{step}" if step else "")
         if best and not Path(best).exists():
             places = [
                 Path(place) / Path(best).name for place in (args.output_dir, Path(self.resumed_from or "").parent)

@@ -274,9 +274,10 @@ def test_a_checkpoint_is_completed_and_earlier_ones_go(tmp_path):
 def test_the_best_checkpoint_of_a_moved_run_is_found(tmp_path):
     best = checkpoint(tmp_path / "new", 4)
     args = SimpleNamespace(output_dir=str(tmp_path / "new"))
-    state = TrainerState(best_model_checkpoint=str(tmp_path / "old" / "checkpoint-4"))
-    KeepCheckpoints(DEFAULT_TEMPLATE, Settings(), str(best)).on_train_begin(args, state, None)
-    assert state.best_model_checkpoint == str(best)
+    for known in ({"best_model_checkpoint": str(tmp_path / "old" / "checkpoint-4")}, {"best_global_step": 4}):
+        state = TrainerState(**known)
+        KeepCheckpoints(DEFAULT_TEMPLATE, Settings(), str(best)).on_train_begin(args, state, None)
+        assert state.best_model_checkpoint == str(best)
     state = TrainerState(best_model_checkpoint=str(tmp_path / "old" / "checkpoint-2"))
     with pytest.raises(UserError, match="checkpoint-2: the best checkpoint so far .* is missing; put it back"):
         KeepCheckpoints(DEFAULT_TEMPLATE, Settings(), str(best)).on_train_begin(args, state, None)
