@@ -51,7 +51,7 @@ def sequences(path: Path) -> None:
 
 
 def inter(path: Path) -> None:
-    rows = read_inter(path, 3, 10)
+    rows = read_inter(path, 3)
     assert rows["target"].is_between(0, 2).all() and rows["history"].explode().drop_nulls().is_between(0, 2).all()
 
 
