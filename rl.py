@@ -14,6 +14,7 @@ rewards, logged metrics, the recipe of rl.sh, and departures from TRL and the pa
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -307,7 +308,7 @@ def training_arguments(options: Options, completion_length: int, rewards: Sequen
     import torch
     from trl import GRPOConfig
 
-    from minionerec.common.devices import wants_bf16
+    from minionerec.common.devices import use_one_gpu, wants_bf16
     from minionerec.rewards.registry import parse_weights
 
     if options.wandb_project:
@@ -339,13 +340,13 @@ def training_arguments(options: Options, completion_length: int, rewards: Sequen
         "run_name": options.wandb_run_name or None,
     }
     try:
-        return GRPOConfig(**settings)
+        return use_one_gpu(GRPOConfig(**settings))
     except ValueError as error:  # such as the name of a schedule
         raise UserError(f"transformers refuses these options: {' '.join(str(error).split())}") from None
 
 
-def check_rows(options: Options, args, rows: int) -> None:
-    """Refuse fewer rows than one generation uses; print what a step and an epoch are."""
+def plan_steps(options: Options, args, rows: int) -> None:
+    """Print what a step and an epoch are; evaluate at least once. Refuses fewer rows than one generation uses."""
     prompts = args.generation_batch_size // options.num_generations
     if rows < prompts:
         raise UserError(
@@ -354,8 +355,9 @@ def check_rows(options: Options, args, rows: int) -> None:
             f"{options.gradient_accumulation_steps} x {args.world_size} processes / --num_generations "
             f"{options.num_generations}; lower the batch"
         )
+    steps = rows // prompts * options.num_iterations
+    args.eval_steps = args.save_steps = min(args.eval_steps, math.ceil(steps * options.num_train_epochs))
     if args.process_index == 0:
-        steps = rows // prompts * options.num_iterations
         print(
             f"{rows:,} rows; {prompts:,} prompts x {options.num_generations} completions per generation; "
             f"{steps:,} optimizer steps per epoch"
@@ -373,7 +375,7 @@ def build_trainer(options: Options, settings, data, rewards: list, prompts, resu
     rows = Dataset.from_dict(rows_of(options, data, prompts))
     depth = data.catalog.codes.shape[1]
     args = training_arguments(options, depth, [reward.__name__ for reward in rewards])
-    check_rows(options, args, len(rows))
+    plan_steps(options, args, len(rows))
     model, adapter = load_model(options.model_path, "model_path"), None
     if options.use_lora:
         refuse_embeddings(model, options.lora_target_modules)
