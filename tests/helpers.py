@@ -114,3 +114,16 @@ def killed_midway(script: str, environment: dict, output: Path) -> None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def sequences(*rows: tuple[list[int], int]):
+    """A table as `read_sequences` returns it: one user per row, with the history as what the user has seen."""
+    import polars as pl
+
+    history, target = zip(*rows, strict=True)
+    users = [str(i) for i in range(len(rows))]
+    lists = pl.List(pl.Int64)
+    return pl.DataFrame(
+        {"user": users, "history": history, "target": target, "seen": history},
+        schema_overrides={"history": lists, "seen": lists},
+    )
