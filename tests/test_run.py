@@ -6,6 +6,7 @@ again; a changed variable, input or template, or a deleted result, runs what dep
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -189,7 +190,8 @@ def test_what_changed_runs_again(world, tmp_path):
     def run(**more) -> tuple[str, list[str]]:
         """(output, the stages that had something to do)"""
         done = run_stage("run.sh", env=environment | more, timeout=1200)
-        parts = {part.split("]")[0]: part for part in done.stdout.split("\n[")[1:]}
+        _, *parts = re.split(r"^\[([a-z]\w*)\] ", done.stdout, flags=re.MULTILINE)  # name, text, name, text, …
+        parts = dict(zip(parts[::2], parts[1::2], strict=True))
         assert list(parts) == stages
         return done.stdout, [name for name, said in parts.items() if "nothing to do" not in said]
 
