@@ -1,6 +1,6 @@
 """Stage 3: `.inter` samples, item texts and SIDs to the published layout that every later stage reads.
 
-    DATASET_NAME=ml-100k DATA_DIR=output/quickstart/data OUTPUT_DIR=output/quickstart/data bash convert_dataset.sh
+    DATASET_NAME=ml-100k DATA_DIR=output/quickstart/raw OUTPUT_DIR=output/quickstart/raw bash convert_dataset.sh
 
 Reads `<D>.item.json`, `<D>.index.json`, `<D>.{train,valid,test}.inter` from `data_dir`; writes into `output_dir`
 

@@ -1,6 +1,6 @@
 """Stage 0, MovieLens-100K: ratings and film titles to `ml-100k.item.json` and `ml-100k.{train,valid,test}.inter`.
 
-    python -m preprocess.movielens --output_dir output/quickstart/data
+    python -m preprocess.movielens --output_dir output/quickstart/raw
 
 Reads `ml-100k.inter` and `ml-100k.item` in RecBole's atomic-file form, by default from the installed `recbole` wheel
 (only its files: the package is not imported). Every rating counts as an interaction. Ratings of a user with the same

@@ -1,7 +1,7 @@
 """Semantic IDs from a trained quantizer or codebooks: writes `<D>.index.json`.
 
     python -m rq.generate_indices --ckpt_path output/quickstart/rqvae \
-        --data_path output/quickstart/data/ml-100k.emb-minilm-td.npy --output_file output/ml-100k.index.json
+        --data_path output/quickstart/raw/ml-100k.emb-minilm-td.npy --output_file output/ml-100k.index.json
 
 Each item gets the nearest code of each level. The items that k-means codebooks were made from get their clusters. Then
 `--collision` resolves SID collisions (see `rq.collisions`). The figures before and after go to <D>.index.quality.json

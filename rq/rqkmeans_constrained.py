@@ -1,6 +1,6 @@
 """Constrained RQ-KMeans: a k-means on the residuals of each level with bounded cluster sizes, then the index.
 
-    python -m rq.rqkmeans_constrained --dataset ml-100k --root output/quickstart/data --k 64
+    python -m rq.rqkmeans_constrained --dataset ml-100k --root output/quickstart/raw --k 64
 
 Writes <D>.codebooks_constrained.npz and <D>.index.json with its quality report into --root. All cluster sizes are in
 [max(1, n//K - 1), n//K + 1]. Each iteration of Lloyd's algorithm assigns the items within these bounds (`rq.balanced`):

@@ -1,6 +1,6 @@
 """RQ-KMeans by faiss: a k-means on the residuals of each level, then the index.
 
-    python -m rq.rqkmeans_faiss --dataset ml-100k --root output/quickstart/data --k 64
+    python -m rq.rqkmeans_faiss --dataset ml-100k --root output/quickstart/raw --k 64
 
 Writes <D>.codebooks_faiss.npz and <D>.index.json with its quality report into --root. faiss's ResidualQuantizer takes
 only powers of two. One `faiss.Kmeans` per level is the same greedy quantizer (a beam of 1) for any K.

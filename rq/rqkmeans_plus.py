@@ -1,7 +1,7 @@
 """RQ-KMeans+ (GPR, arXiv 2511.10138): an RQ-VAE that starts from the codebooks of constrained RQ-KMeans.
 
-    python -m rq.rqkmeans_plus --data_path output/quickstart/data/ml-100k.emb-minilm-td.npy --ckpt_dir output/plus \
-        --pretrained_codebook_path output/quickstart/data/ml-100k.codebooks_constrained.npz --layers 256 --epochs 60
+    python -m rq.rqkmeans_plus --data_path output/quickstart/raw/ml-100k.emb-minilm-td.npy --ckpt_dir output/plus \
+        --pretrained_codebook_path output/quickstart/raw/ml-100k.codebooks_constrained.npz --layers 256 --epochs 60
 
 z = x + MLP(x), and the last linear layer of the MLP is zero at the start. So before the first step z = x, and each item
 has the nearest codes of the constrained codebooks, level by level.

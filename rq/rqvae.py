@@ -1,6 +1,6 @@
 """Train an RQ-VAE on item embeddings; `rq.generate_indices` then turns its codes into semantic IDs.
 
-    python -m rq.rqvae --data_path output/quickstart/data/ml-100k.emb-minilm-td.npy --ckpt_dir output/rqvae \
+    python -m rq.rqvae --data_path output/quickstart/raw/ml-100k.emb-minilm-td.npy --ckpt_dir output/rqvae \
         --layers 256 --epochs 60 --lr 3e-3
 
 The default sizes are the published ones, for a GPU; use smaller layers for a small catalog on a CPU. Re-running resumes a

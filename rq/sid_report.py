@@ -1,6 +1,6 @@
 """Compare indexes: quality figures of one or several, as a table, as JSON and as a picture.
 
-    python -m rq.sid_report output/quickstart/data/ml-100k.index.json         --data_path output/quickstart/data/ml-100k.emb-minilm-td.npy --output_file output/compare.json
+    python -m rq.sid_report output/quickstart/data/ml-100k.index.json         --data_path output/quickstart/raw/ml-100k.emb-minilm-td.npy --output_file output/compare.json
 
 Several index files give a line each. --output_file writes all figures, and a picture with the suffix .png. `rq.quality`
 explains the figures. Every quantizer writes them for its index, as <D>.index.quality.json and .png.

@@ -1,6 +1,6 @@
 """Item text to embeddings: `<root>/<dataset>.item.json` -> `<root>/<dataset>.emb-<plm_name>-td.npy`.
 
-    python -m rq.text2emb.amazon_text2emb --dataset ml-100k --root output/quickstart/data --plm_name minilm \
+    python -m rq.text2emb.amazon_text2emb --dataset ml-100k --root output/quickstart/raw --plm_name minilm \
         --plm_checkpoint models/all-MiniLM-L6-v2
 
 The text of an item is its title, description, brand and categories, those that are not empty, in this order. An item
