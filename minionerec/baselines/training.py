@@ -128,8 +128,10 @@ def fit(
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
             optimizer.step()
             total += value.detach()
-        if not all(torch.isfinite(value).all() for value in (total, *parameters)):
-            raise UserError(f"epoch {epoch}: the loss is {total.item():.3g}, and training diverged; lower --learning_rate")
+        if not torch.isfinite(total) or not model.scores(valid["history"].head(1).to_list()).isfinite().all():
+            raise UserError(
+                f"epoch {epoch}: the loss is {total.item():.3g}, and training diverged; lower --learning_rate"
+            )
         ndcg = table(by_scores(scorer(model), valid, catalog, names=[protocol])[protocol].item)["NDCG@10"]
         state.add(epoch, ndcg, time.monotonic() - started)
         print(
