@@ -103,6 +103,11 @@ def main(options: Options) -> None:
 
     text = load_embeddings(options.data_path)
     model = load_checkpoint(options.baseline_path, "baseline_path", len(text))
+    if not hasattr(model, "table"):
+        raise UserError(
+            f"{options.baseline_path}: {model.name} has no item embeddings; give the folder of a sasrec, gru4rec or caser "
+            "model (--baseline_path)"
+        )
     data = load(info_file=options.info_file, train=options.train_file)
     if len(data.items.sids) != len(text):
         raise UserError(
@@ -110,7 +115,7 @@ def main(options: Options) -> None:
         )
     seen = np.zeros(len(text), dtype=bool)
     seen[data.train["target"].to_numpy()] = True
-    seen[data.train["history"].explode().drop_nulls().to_numpy()] = True
+    seen[data.train["seen"].explode().drop_nulls().to_numpy()] = True
     fused = fuse(text, model.table()[: len(text)].detach().numpy(), seen, options)
     with atomic_file(options.output_file, "wb") as f:
         np.save(f, fused, allow_pickle=False)
