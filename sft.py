@@ -76,7 +76,7 @@ class Options(StageOptions):
         "vocab", "what the probabilities of SID tokens are normalised over: vocab, or catalog (what the trie allows)"
     )
     dropout: float = option(0.0, "dropout on embeddings and on every attention and feed-forward output")
-    label_smoothing: float = option(0.0, "share of the loss that goes to all allowed tokens alike")
+    label_smoothing: float = option(0.0, "share of the loss that is spread equally over all allowed tokens")
     ema_decay: float = option(
         0.0, "evaluate and save an exponential moving average of the weights with this decay; 0: the weights"
     )

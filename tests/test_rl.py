@@ -82,7 +82,7 @@ class Killed(Exception):
 
 
 def killed(options, saves: int = 1) -> Path:
-    """The folder of a run that died after so many checkpoints."""
+    """The folder of a run that died after `saves` checkpoints."""
     usual, count = checkpoints.KeepCheckpoints.on_save, iter(range(1, 100))
 
     def on_save(self, *args, **kwargs):

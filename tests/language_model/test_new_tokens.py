@@ -1,6 +1,6 @@
 """SID tokens added to a tokenizer and a model.
 
-Invariants: every SID is its level tokens, alone and in a prompt, and decodes to itself, whatever the tokenizer's
+Invariants: every SID is its level tokens, as a whole text and in a prompt, and decodes to itself, whatever the tokenizer's
 normalizer; ids come from the tokenizer and none is taken twice; old rows stay bit-identical; new rows follow the
 distribution of the old ones or the text of their items; a new token's bias is the mean of the old ones.
 """
