@@ -108,20 +108,22 @@ class Trainings:
         self.common |= {"info_file": files.info, "device": options.device, "overwrite": True}
 
     def run(self, model: str, settings: dict, seed: int) -> dict:
-        """The metrics of one training, and its seconds."""
+        """`{"valid": …, "test": …, "seconds": …}` of one training: metrics by item, in the headline protocol."""
         words = json.dumps(settings, sort_keys=True)
         folder = self.folder / model / f"{hashlib.blake2b(words.encode(), digest_size=4).hexdigest()}-{seed}"
         print(f"{model}, seed {seed}: {words}", flush=True)
         sasrec.main(replace(settings_of(model, settings), seed=seed, output_dir=str(folder), **self.common))
         metrics = read_json(folder / sasrec.METRICS, "output_dir")
-        return metrics | {"seconds": read_json(folder / RECORD, "output_dir")["seconds"]}
+        test = metrics["item"] if metrics["headline"] == "all" else metrics[metrics["headline"]]["item"]
+        seconds = read_json(folder / RECORD, "output_dir")["seconds"]
+        return {"valid": metrics["valid"], "test": test, "seconds": seconds}
 
 
 def mean_and_spread(results: list[dict]) -> dict[str, dict]:
     """`{"test": …, "test ±": …, "valid": …, "valid ±": …}`: means and sample standard deviations over seeds."""
     rows = {}
-    for part, key in (("test", "item"), ("valid", "valid")):
-        values = {name: [result[key][name] for result in results] for name in results[0][key]}
+    for part in ("test", "valid"):
+        values = {name: [result[part][name] for result in results] for name in results[0][part]}
         rows[part] = {name: statistics.mean(v) for name, v in values.items()}
         rows[f"{part} ±"] = {name: statistics.stdev(v) if len(v) > 1 else 0.0 for name, v in values.items()}
     return rows
@@ -147,7 +149,7 @@ def main(options: Options) -> None:
     results = {}
     for model in COUNTS:
         found = trainings.run(model, {}, options.tuning_seed)
-        results[model] = {"valid": found["valid"], "test": found["item"]}
+        results[model] = {part: found[part] for part in ("valid", "test")}
 
     # each model: the grid on valid, then several seeds of its best combination
     for model in models:
