@@ -13,7 +13,7 @@
 #     OUTPUT       default: output/quickstart, with DATASET output/<its name>
 #     CATEGORY     what the prompts call the items
 #     SIDS         what SIDs are built from: fused (texts and SASRec, default), text, or published (those of DATASET)
-#     TIME_BUDGET  seconds of training of SASRec and of SFT, at most; default: 900 each
+#     TIME_BUDGET  seconds of training of SASRec and of SFT, at most; default: 300 each for MovieLens-100K, 900 for DATASET
 #     SEED         default: 42
 #     SFT_EPOCHS SFT_TASKS SFT_LEARNING_RATE SFT_BATCH_SIZE SFT_MICRO_BATCH_SIZE SFT_DROPOUT
 #     RL_ROWS RL_LEARNING_RATE RL_GENERATIONS RL_BETA
@@ -33,7 +33,11 @@ esac
 
 DATASET=${DATASET:-}
 BASE_MODEL=${BASE_MODEL:-}
-if [ -n "$DATASET" ]; then OUTPUT=${OUTPUT:-output/$(basename "$DATASET")}; else OUTPUT=${OUTPUT:-output/quickstart}; fi
+if [ -n "$DATASET" ]; then
+    OUTPUT=${OUTPUT:-output/$(basename "$DATASET")} TIME_BUDGET=${TIME_BUDGET:-900}
+else
+    OUTPUT=${OUTPUT:-output/quickstart} TIME_BUDGET=${TIME_BUDGET:-300}
+fi
 CATEGORY=${CATEGORY:-}
 SIDS=${SIDS:-fused}
 SEED=${SEED:-42}
@@ -65,7 +69,7 @@ prepare_environment requirements.txt requirements-quickstart.txt
 
 # What a stage gets is said in its line below: options of the same name must not take this script's own variables.
 export -n DATASET BASE_MODEL OUTPUT CATEGORY SEED SFT_TASKS MAX_HISTORY
-export MINIONEREC_VARIABLES=1 OVERWRITE=${OVERWRITE:-True} NPROC=${NPROC:-1} TIME_BUDGET=${TIME_BUDGET:-900}
+export MINIONEREC_VARIABLES=1 OVERWRITE=${OVERWRITE:-True} NPROC=${NPROC:-1} TIME_BUDGET
 
 # stage NAME WHAT VARIABLE=value… COMMAND…: the command itself skips, resumes or repeats its work.
 stage() {
