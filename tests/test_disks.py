@@ -23,7 +23,7 @@ def stages(world, base_model, tmp_path, small_disk):
     out = small_disk / "out"
     return {
         "convert_dataset.sh": {"DATASET_NAME": "toy", "DATA_DIR": world.folder, "OUTPUT_DIR": out},
-        "sasrec.sh": files | {"OUTPUT_DIR": out, "EPOCHS": 1, "DEVICE": "cpu"},
+        "sasrec.sh": files | {"OUTPUT_DIR": out, "HIDDEN_SIZE": 8, "EPOCHS": 1, "DEVICE": "cpu"},
         "rq/rqvae.sh": {
             "DATA_PATH": tmp_path / "toy.emb-x-td.npy", "CKPT_DIR": out, "LAYERS": "64", "NUM_EMB_LIST": "8 8",
             "EPOCHS": 2, "EVAL_STEP": 1, "WARMUP_EPOCHS": 0,
