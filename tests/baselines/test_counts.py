@@ -96,6 +96,15 @@ def test_scores_are_distributions_whatever_the_batch(counted, name):
     assert model.scores([]).shape == (0, 20)
 
 
+@pytest.mark.parametrize("name", counts.MODELS)
+def test_everything_is_on_the_models_device(counted, name):
+    """Here the CPU, while another device is the default one."""
+    model = counted(name, TRAIN, 5)
+    expected = model.scores([[0], [2], []])
+    with torch.device("meta"):
+        assert torch.equal(model.scores([[0], [2], []]), expected)
+
+
 @pytest.mark.skipif(not INDUSTRIAL.exists(), reason="the Industrial data set is absent")
 def test_reference_numbers_on_industrial(counted):
     """Measured by another program. Of equal transition counts it takes the first seen in train, ours the most popular,
