@@ -55,6 +55,8 @@ def read(options: Options):
 
 def build_scorer(options: Options, data, protocol: str):
     """The function from histories to scores: counted, or trained, saved and read back."""
+    import torch
+
     from minionerec.baselines import counts, training
     from minionerec.baselines.models import load_checkpoint
     from minionerec.common.devices import pick_device
@@ -67,6 +69,7 @@ def build_scorer(options: Options, data, protocol: str):
                 f"{options.item_features}: {len(features)} rows, expected the {data.catalog.n_items} items of "
                 f"{options.info_file}; check --item_features"
             )
+        features = None if features is None else torch.from_numpy(features)
         state = Path(options.output_dir) / STATE
         fitted = training.fit(
             options, data.train, data.valid, data.catalog, protocol=protocol, features=features, state_file=state

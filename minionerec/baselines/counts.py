@@ -52,14 +52,13 @@ class Markov(Popularity):
     @torch.no_grad()
     def scores(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
         """(rows, items) log-probabilities in nats."""
-        last = torch.tensor([history[-1] if len(history) else self.n_items for history in histories])
+        device = self.counts.device
+        last = torch.tensor([history[-1] if len(history) else self.n_items for history in histories], device=device)
         start = torch.searchsorted(self.pairs[0], last)  # pairs are sorted
-        ends = torch.searchsorted(self.pairs[0], last, right=True)
+        times = torch.searchsorted(self.pairs[0], last, right=True) - start
         values = self.log_shares().exp().expand(len(histories), -1).clone()
-        row = torch.repeat_interleave(torch.arange(len(last)), ends - start)
-        within = torch.arange(len(row)) - torch.repeat_interleave(
-            (ends - start).cumsum(0) - (ends - start), ends - start
-        )
+        row = torch.repeat_interleave(torch.arange(len(last), device=device), times)
+        within = torch.arange(len(row), device=device) - torch.repeat_interleave(times.cumsum(0) - times, times)
         entry = start[row] + within
         values[row, self.pairs[1, entry]] += self.times[entry]
         return (values / values.sum(dim=1, keepdim=True)).log()

@@ -33,6 +33,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from minionerec.baselines import counts
+from minionerec.baselines.options import CASER_WINDOW
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file, read_json, require_file, write_json
 
@@ -258,13 +259,12 @@ class Caser(SequentialModel):
 
     name = "caser"
     sizes = ("num_filters", "filter_sizes", "num_vertical")
-    window = 10  # items; the paper's Markov order is 5 to 9
 
     def __init__(self, *, num_filters: int, filter_sizes: Sequence[int], num_vertical: int, **common):
         super().__init__(**common)
         self.config |= {"num_filters": num_filters, "filter_sizes": list(filter_sizes), "num_vertical": num_vertical}
         hidden_size = self.hidden_size
-        self.window = min(self.window, self.max_history)
+        self.window = min(CASER_WINDOW, self.max_history)
         self.horizontal = nn.ModuleList(nn.Conv1d(hidden_size, num_filters, height) for height in filter_sizes)
         self.vertical = nn.Linear(self.window, num_vertical, bias=False)
         self.output = nn.Linear(num_filters * len(filter_sizes) + num_vertical * hidden_size, hidden_size)

@@ -8,6 +8,7 @@ COUNTS = ("popularity", "markov")  # nothing is trained
 TRAINED = ("sasrec", "gru4rec", "caser")
 NAMES = (*COUNTS, *TRAINED)
 LOSSES = ("ce", "sampled_softmax", "bce")
+CASER_WINDOW = 10  # items that caser reads; the paper's Markov order is 5 to 9
 OWN_OPTIONS = {  # options that only some models use
     "num_heads": ("sasrec",),
     "num_layers": ("sasrec", "gru4rec"),
@@ -33,7 +34,9 @@ class BaselineOptions(StageOptions):
     num_layers: int = option(2, "sasrec: blocks; gru4rec: layers")
     num_heads: int = option(2, "sasrec: attention heads; must divide hidden_size")
     num_filters: int = option(16, "caser: horizontal filters of each height")
-    filter_sizes: str = option("2,3,4", "caser: heights of the horizontal filters in items, at most max_history")
+    filter_sizes: str = option(
+        "2,3,4", f"caser: heights of the horizontal filters in items, at most {CASER_WINDOW} and max_history"
+    )
     num_vertical: int = option(4, "caser: vertical filters")
     # training
     loss: str = option(
@@ -56,6 +59,7 @@ class BaselineOptions(StageOptions):
             loss=(self.loss in ("", *LOSSES), f"one of {', '.join(LOSSES)}"),
             learning_rate=(self.learning_rate > 0, "more than 0"),
             dropout=(0 <= self.dropout < 1, "0 or more and below 1"),
+            eval_rows=(self.eval_rows >= 1 or self.eval_rows == -1, "at least 1, or -1 for all"),
         )
         sizes = ("hidden_size", "num_layers", "num_heads", "num_filters", "num_vertical")
         self.at_least(1, *sizes, "max_history", "negatives", "epochs", "batch_size")
@@ -67,8 +71,9 @@ class BaselineOptions(StageOptions):
             self.check(hidden_size=(self.hidden_size % self.num_heads == 0, expected))
         if self.model == "caser":
             heights = filter_heights(self.filter_sizes)
-            fits = bool(heights) and 1 <= min(heights) and max(heights) <= self.max_history
-            self.check(filter_sizes=(fits, f"heights like 2,3,4, each from 1 to --max_history {self.max_history}"))
+            window = min(CASER_WINDOW, self.max_history)
+            fits = bool(heights) and 1 <= min(heights) and max(heights) <= window
+            self.check(filter_sizes=(fits, f"heights like 2,3,4, each from 1 to {window}, the items that caser reads"))
         self.refuse_unused()
 
     def refuse_unused(self) -> None:
@@ -77,7 +82,8 @@ class BaselineOptions(StageOptions):
         for field in fields(self):
             used = self.model in own.get(field.name, TRAINED)
             if self.model in TRAINED and not used and getattr(self, field.name) != field.default:
-                expected = f"nothing: {self.model} with --loss {self.loss} does not use it"
+                user = f"{self.model} with --loss {self.loss}" if field.name == "negatives" else self.model
+                expected = f"nothing: {user} does not use it"
                 self.check(**{field.name: (False, expected)})
 
 

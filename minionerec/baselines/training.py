@@ -68,15 +68,17 @@ class Batches:
             yield self.tensors(np.array(batches[batch]))
 
     def tensors(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of these windows; an item without a history is predicted from padding, in its own row."""
         begin, end, context = (array[rows] for array in self.windows)
-        place = np.arange((end - begin).max())  # of an item in its window
+        place = np.arange(max(2, (end - begin).max()))  # of an item in its window
         items = self.sequences.items[np.minimum(begin[:, None] + place, len(self.sequences.items) - 1)]
         items[place >= (end - begin)[:, None]] = self.n_items
-        targets = np.where(place >= context[:, None], items, self.n_items)
-        if context.min() == 0:  # an item without a history is predicted from a padding item
-            first = np.full((len(rows), 1), self.n_items)
-            items, targets = np.concatenate([first, items], axis=1), np.concatenate([first, targets], axis=1)
-        return torch.from_numpy(items[:, :-1].copy()), torch.from_numpy(targets[:, 1:].copy())
+        inputs, targets = items[:, :-1], np.where(place >= context[:, None], items, self.n_items)[:, 1:]
+        firsts = items[context == 0, 0]
+        alone = np.full((2, len(firsts), inputs.shape[1]), self.n_items)
+        alone[1, :, 0] = firsts
+        both = np.concatenate([inputs, alone[0]]), np.concatenate([targets, alone[1]])
+        return torch.from_numpy(both[0]), torch.from_numpy(both[1])
 
 
 def fit(
