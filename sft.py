@@ -71,7 +71,7 @@ class Options(StageOptions):
         4, "rows per forward pass of one process; evaluation takes 4 times as many", role=RUNTIME
     )
     num_epochs: float = option(10, "passes over the rows; 0: by the number of targets, 16 to 60")
-    time_budget: float = option(0.0, "seconds of training at most, evaluations not counted; 0: no limit")
+    time_budget: float = option(0.0, "seconds of training and its evaluations, at most; 0: no limit")
     train_space: str = option(
         "vocab", "what the probabilities of SID tokens are normalised over: vocab, or catalog (what the trie allows)"
     )

@@ -32,18 +32,24 @@ def tokenizer_of(folder: str):
     return tokenizer
 
 
-def pairs(n: int) -> list[Pair]:
-    """`n` rows of the default SFT tasks, in random order."""
-    rng = random.Random(0)
+def samples(max_history: int, rng: random.Random) -> tuple[pl.DataFrame, Items]:
+    """(train samples, items): columns user, history, target; the items have random SIDs."""
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
-            movielens.main(movielens.Options(output_dir=folder))
+            movielens.main(movielens.Options(output_dir=folder, max_history=max_history))
         titles = read_titles(next(Path(folder).glob("*.item.json")))
         lines = next(Path(folder).glob("*.train.inter")).read_text(encoding="utf-8").splitlines()[1:]
     users, histories, targets = zip(*(line.split("\t") for line in lines), strict=True)
     sequences = pl.DataFrame(
-        {"user": users, "history": [[int(i) for i in h.split()][-10:] for h in histories], "target": map(int, targets)}
+        {"user": users, "history": [list(map(int, items.split())) for items in histories], "target": map(int, targets)}
     )
     sids = ["".join(level_token(level, rng.randrange(CODES)) for level in range(LEVELS)) for _ in titles]
-    rows = sft_pairs(parse_tasks(DEFAULT_TASKS), sequences, Items(sids, titles), Prompts(category="movies"), 0)
+    return sequences, Items(sids, titles)
+
+
+def pairs(n: int) -> list[Pair]:
+    """`n` rows of the default SFT tasks, in random order."""
+    rng = random.Random(0)
+    sequences, items = samples(10, rng)
+    rows = sft_pairs(parse_tasks(DEFAULT_TASKS), sequences, items, Prompts(category="movies"), 0)
     return rng.sample(rows, min(n, len(rows)))

@@ -20,6 +20,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import speed_metrics
 
 from minionerec.common.errors import UserError
+from minionerec.common.processes import on_main_process
 from minionerec.decoding.lm_head import LMHead
 from minionerec.language_model.batches import IGNORED, EpochOrder
 from minionerec.language_model.catalog_loss import SidTokens, catalog_loss
@@ -94,7 +95,7 @@ class UpdateAverage(TrainerCallback):
 
 
 class TimeBudget(TrainerCallback, ExportableState):
-    """Prints when training will end, and ends it, with an evaluation, when `seconds` of training are over."""
+    """Prints when training will end, and ends it, with an evaluation, after `seconds` of training and evaluations."""
 
     MEASURED = 20  # steps until the end is estimated
 
@@ -105,7 +106,8 @@ class TimeBudget(TrainerCallback, ExportableState):
         self.started, self.first_step = time.monotonic(), state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
-        elapsed = self.spent + time.monotonic() - self.started
+        # the first process decides for all: clocks differ, and one that stops alone leaves the others waiting
+        elapsed = on_main_process(lambda: self.spent + time.monotonic() - self.started)
         if state.global_step - self.first_step == self.MEASURED and state.is_world_process_zero:
             total = elapsed + (time.monotonic() - self.started) / self.MEASURED * (state.max_steps - state.global_step)
             print(f"training ends in about {total:.0f} s, evaluations not counted; --time_budget {self.seconds:.0f} s")

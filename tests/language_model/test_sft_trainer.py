@@ -12,8 +12,9 @@ from language_model.small_models import ARCHITECTURES, random_model, random_rows
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from minionerec.common.errors import UserError
+from minionerec.language_model import sft_trainer
 from minionerec.language_model.batches import IGNORED, Collator, Lines
-from minionerec.language_model.sft_trainer import AnswerLogits, Patience
+from minionerec.language_model.sft_trainer import AnswerLogits, Patience, TimeBudget
 
 
 def plain_loss_and_gradients(model, rows):
@@ -116,3 +117,26 @@ def test_patience_that_had_run_out_stops_a_resumed_run_without_another_evaluatio
     control = TrainerControl(should_evaluate=True, should_save=True)
     restored.on_step_end(args, state, control)
     assert control.should_training_stop and not control.should_evaluate and not control.should_save
+
+
+@pytest.mark.parametrize("elapsed_there, stops", [(11.0, True), (9.0, False)])
+def test_the_first_process_decides_that_the_time_is_over(elapsed_there, stops, monkeypatch):
+    """The clock of this process says the opposite."""
+    monkeypatch.setattr(sft_trainer, "on_main_process", lambda function: elapsed_there)
+    budget, control = TimeBudget(10.0, spent=0.0 if stops else 20.0), TrainerControl()
+    state = TrainerState(max_steps=100)
+    budget.on_train_begin(None, state, control)
+    state.global_step = 5
+    budget.on_step_end(None, state, control)
+    assert control.should_training_stop is stops and control.should_evaluate is stops and control.should_save is stops
+
+
+def test_time_spent_before_a_resume_counts():
+    budget, control, state = TimeBudget(10.0, spent=9.0), TrainerControl(), TrainerState(max_steps=100)
+    budget.on_train_begin(None, state, control)
+    budget = TimeBudget(**budget.state()["args"])
+    assert budget.spent >= 9.0
+    budget.spent += 2.0
+    budget.on_train_begin(None, state, control)
+    budget.on_step_end(None, state, control)
+    assert control.should_training_stop
