@@ -56,3 +56,13 @@ def test_a_process_without_rows_takes_part(policy, trainer, monkeypatch):
         both = one.measure(trainer)
     assert [len(ranks) for ranks in gathered] == [1, 0] and both == alone
     assert np.concatenate(gathered).dtype == np.int64
+
+
+def test_seen_items_free_their_beams(policy, trainer):
+    """The items of the five best SIDs are seen: the sixth is found by five beams."""
+    trie, catalog = policy.catalog.trie(policy.tokenizer), policy.catalog
+    best = recommend(policy.model, policy.tokenizer, trie, PROMPTS, 6, 8)[0].tolist()
+    seen = [[item for sid_row in row[:5] for item in catalog.items_of_sid[sid_row]] for row in best]
+    targets = [catalog.items_of_sid[row[5]][0] for row in best]
+    assert Validation(PROMPTS, targets, catalog, trie, 5).measure(trainer)["HR@5"] == 0
+    assert Validation(PROMPTS, targets, catalog, trie, 5, seen=seen).measure(trainer)["HR@5"] == 1
