@@ -18,7 +18,7 @@ import copy
 import math
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +117,8 @@ class ReReTrainer(GRPOTrainer):
     add_gt: if a group does not contain the target, the target replaces its last completion;
     mask_all_zero: groups whose advantages are all zero are excluded from loss, normaliser and KL;
     test_beams: width of a second search whose HR and NDCG on the batch's prompts are logged; 0 for none;
-    validation: (prompts, target items) for `evaluate`, searched with `eval_beams` beams;
+    validation: (prompts, target items) for `evaluate`, searched with `eval_beams` beams, and optionally the items of each
+        row that are not ranked;
     keep_recall: a checkpoint cannot become the best one if its HR at the largest K that is measured is below that of the
         first evaluation by more than the paired 95 % interval.
 
@@ -136,7 +137,7 @@ class ReReTrainer(GRPOTrainer):
         add_gt: bool = False,
         mask_all_zero: bool = False,
         test_beams: int = 0,
-        validation: tuple[Sequence[str], Sequence[int]] | None = None,
+        validation: tuple | None = None,
         eval_beams: int = 20,
         keep_recall: bool = False,
         **kwargs,
@@ -153,7 +154,10 @@ class ReReTrainer(GRPOTrainer):
         self.add_gt = add_gt
         self.mask_all_zero = mask_all_zero
         self.test_beams = test_beams
-        self.validation = validation and Validation(*validation, catalog, self.trie, eval_beams, space)
+        if validation:
+            prompts, targets, *seen = validation
+            validation = Validation(prompts, targets, catalog, self.trie, eval_beams, space, *seen)
+        self.validation = validation
         self.keep_recall = keep_recall
         self._start_hits: np.ndarray | None = None  # (rows,) of the first evaluation, at the largest K
         self._loses_recall = False

@@ -244,8 +244,9 @@ def settings_of(options: Options):
 
 
 def read_data(options: Options, max_history: int):
-    """Items, catalog, and the rows of train and valid that are used."""
+    """(items, catalog, and the rows of train and valid that are used; the headline protocol of the whole train set)"""
     from data import drawn, load
+    from minionerec.evaluation.protocols import headline
 
     data = load(
         info_file=options.info_file,
@@ -260,10 +261,11 @@ def read_data(options: Options, max_history: int):
             f"{options.info_file}: found {len(data.catalog.sids)} distinct SIDs, expected at least --num_generations "
             f"{options.num_generations}; lower it"
         )
-    return data._replace(
+    used = data._replace(
         train=drawn(data.train, options.train_rows, options.seed),
         valid=drawn(data.valid, options.eval_rows, options.seed),
     )
+    return used, headline(data.train)
 
 
 def read_rewards(options: Options, catalog) -> list:
@@ -296,11 +298,12 @@ def rows_of(options: Options, data, prompts) -> dict[str, list]:
     return rl_rows(data.train, data.items, prompts, parse_rl_tasks(options.rl_tasks), options.seed)
 
 
-def validation_of(data, prompts) -> tuple[list[str], list[int]]:
-    """Prompts and target items of the validation rows."""
+def validation_of(data, protocol: str, prompts) -> tuple[list[str], list[int], list[list[int]] | None]:
+    """Prompts and target items of the validation rows, and the items that are not ranked, None where all are."""
     from data import next_sid_prompts
 
-    return next_sid_prompts(data.valid, data.items, prompts), data.valid["target"].to_list()
+    seen = data.valid["seen"].to_list() if protocol == "unseen" else None
+    return next_sid_prompts(data.valid, data.items, prompts), data.valid["target"].to_list(), seen
 
 
 def training_arguments(options: Options, completion_length: int, rewards: Sequence[str]):
@@ -364,7 +367,7 @@ def plan_steps(options: Options, args, rows: int) -> None:
         )
 
 
-def build_trainer(options: Options, settings, data, rewards: list, prompts, resume: str | None):
+def build_trainer(options: Options, settings, data, protocol: str, rewards: list, prompts, resume: str | None):
     """The trainer with model, rows, rewards and validation rows."""
     from datasets import Dataset
 
@@ -397,7 +400,7 @@ def build_trainer(options: Options, settings, data, rewards: list, prompts, resu
             add_gt=options.add_gt,
             mask_all_zero=options.mask_all_zero,
             test_beams=options.eval_beams if options.test_during_training else 0,
-            validation=validation_of(data, prompts),
+            validation=validation_of(data, protocol, prompts),
             eval_beams=options.eval_beams,
             keep_recall=options.keep_start,
         )
@@ -444,11 +447,11 @@ def main(options: Options) -> None:
     from minionerec.language_model.checkpoints import remove_checkpoints, resume_point
 
     settings = settings_of(options)
-    data = read_data(options, settings.max_history)
+    data, protocol = read_data(options, settings.max_history)
     rewards = read_rewards(options, data.catalog)
     prompts = prompts_of(options, settings)
     resume = resume_point(options.output_dir, options.resume_from_checkpoint, record.resume)
-    trainer = build_trainer(options, settings, data, rewards, prompts, resume)
+    trainer = build_trainer(options, settings, data, protocol, rewards, prompts, resume)
     trainer.train(resume_from_checkpoint=resume)
     save_best(options, trainer, prompts, settings)
     if trainer.args.process_index == 0:

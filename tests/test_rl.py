@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from helpers import N_ITEMS, ROOT, killed_midway, run_stage
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import rl
 import sft
+from data import Prompts
 from minionerec.baselines.models import MODELS
 from minionerec.common.errors import UserError
 from minionerec.common.options import arguments_from_variables, parse
@@ -199,7 +201,7 @@ def test_reward_files_must_fit_the_catalog(options, world, reward_files, tmp_pat
     embeddings, baseline, module = reward_files
     given = {"ada_path": embeddings, "baseline_path": baseline, "reward_module": module}
     given["reward_type"] = "ranking,semantic,sasrec,dense"
-    catalog = rl.read_data(options(**given), 10).catalog
+    catalog = rl.read_data(options(**given), 10)[0].catalog
     names = [reward.__name__ for reward in rl.read_rewards(options(**given), catalog)]
     assert names == ["rule", "ndcg", "semantic", "sasrec", "dense", "even"]
 
@@ -214,6 +216,21 @@ def test_reward_files_must_fit_the_catalog(options, world, reward_files, tmp_pat
     ]:
         with pytest.raises(UserError, match=message):
             rl.read_rewards(options(**given | wrong), catalog)
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_validation_ranks_by_the_headline_of_the_whole_train_set(options, world, tmp_path, repeats):
+    """One row of train is used, which says nothing about the share of repeated targets."""
+    rows = pl.read_csv(world.valid, infer_schema_length=0)
+    first = rows["history_item_id"].str.extract(r"(\d+)")
+    target = first if repeats else rows["item_id"]
+    sid = rows["history_item_sid"].str.extract(r"'([^']+)'") if repeats else rows["item_sid"]
+    rows.with_columns(item_id=target, item_sid=sid).write_csv(tmp_path / "train.csv")
+    given = options(train_file=str(tmp_path / "train.csv"), train_rows=1)
+    data, protocol = rl.read_data(given, 10)
+    assert len(data.train) == 1 and protocol == ("all" if repeats else "unseen")
+    _, _, seen = rl.validation_of(data, protocol, Prompts())
+    assert seen is None if repeats else seen == data.valid["seen"].to_list()
 
 
 def test_files_of_another_catalog_are_refused(options, world, tmp_path):
