@@ -364,7 +364,7 @@ def test_killed_by_signal_on_one_process_and_finished_by_two(world, checkpoint_f
 
     def start(name, processes):
         settings = dataclasses.asdict(options(world, checkpoint_folder, tmp_path / name, **common))
-        flags = [f"--{flag}={value}" for flag, value in settings.items() if value != ""]
+        flags = [f"--{flag}={value}" for flag, value in settings.items() if value != "" and not isinstance(value, list)]
         launcher = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
         return subprocess.Popen(
             [*launcher, "evaluate.py", *flags],
