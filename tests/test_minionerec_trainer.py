@@ -634,6 +634,15 @@ def test_evaluation_is_beam_search_on_validation_rows(policy, world, tmp_path):
     assert 0 < result["eval_NDCG@10"] < 1
 
 
+def test_evaluation_leaves_out_the_items_that_it_is_given(policy, world, tmp_path):
+    """With the targets left out, no row is a hit, though every SID is searched."""
+    valid = read_sequences(world.valid, policy.items.sids, "eval_file")
+    prompts, targets = next_sid_prompts(valid, policy.items, Prompts()), valid["target"].to_list()
+    validation = (prompts, targets, [[target] for target in targets])
+    trainer = make_trainer(policy, world, tmp_path, validation=validation, eval_beams=1000)
+    assert trainer.evaluate()["eval_HR@50"] == 0.0
+
+
 class FixedRanks(SimpleNamespace):
     """A validation whose n-th evaluation has the n-th of `tables` of ranks; K is 1 and 10."""
 

@@ -98,7 +98,7 @@ BROKEN = {
     "config with text for a number": lambda folder: rewrite(
         folder / "config.json", lambda config: config.update(hidden_size="wide")
     ),
-    "code of its own": lambda folder: rewrite(
+    "code in the checkpoint": lambda folder: rewrite(
         folder / "config.json", lambda config: config.update(model_type="own", auto_map={"AutoConfig": "x.Config"})
     ),
 }
