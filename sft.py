@@ -30,6 +30,7 @@ SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 )  # fmt: skip
 REPORTERS = ("none", "wandb", "tensorboard")
+SID_INITS = ("mean", "text", "codebook")
 
 
 @dataclass
@@ -55,8 +56,11 @@ class Options(StageOptions):
     train_from_scratch: bool = option(False, "random weights of the architecture of --base_model")
     sid_tokens: str = option("codebook", "new tokens: codebook (all K codes of each level) or used (only those in use)")
     sid_init: str = option(
-        "mean", "new embedding rows: mean (drawn with mean and covariance of the old rows) or text (of their items)"
+        "mean",
+        "new embedding rows: mean (drawn with mean and covariance of the old rows), text (of their items' titles) or "
+        "codebook (projections of the codes' centroids in --sid_codebooks)",
     )
+    sid_codebooks: str = option("", "--sid_init codebook: <D>.codebooks_….npz of the index", role=INPUT)
     freeze_LLM: bool = option(False, "train only the new tokens' embedding rows")
     use_lora: bool = option(False, "train LoRA adapters and the new tokens' embedding rows")
     lora_r: int = option(16, "rank of the adapters")
@@ -76,6 +80,8 @@ class Options(StageOptions):
         "vocab", "what the probabilities of SID tokens are normalised over: vocab, or catalog (what the trie allows)"
     )
     dropout: float = option(0.0, "dropout on embeddings and on every attention and feed-forward output")
+    history_drop: float = option(0.0, "whole sequences: probability that an item is left out, drawn in every epoch")
+    history_crop: float = option(0.0, "whole sequences: probability that a random number of first items is left out")
     label_smoothing: float = option(0.0, "share of the loss that is spread equally over all allowed tokens")
     ema_decay: float = option(
         0.0, "evaluate and save an exponential moving average of the weights with this decay; 0: the weights"
@@ -104,6 +110,13 @@ class Options(StageOptions):
         super().__post_init__()
         self.prompt_template = self.prompt_template or str(TEMPLATE)
         self.report_to = "wandb" if self.wandb_project else self.report_to
+        if (self.sid_init == "codebook") != bool(self.sid_codebooks):
+            raise UserError(
+                f"--sid_init {self.sid_init} --sid_codebooks {self.sid_codebooks or '(none)'}: expected --sid_init codebook "
+                "and its file, or neither"
+            )
+        if self.packing and (self.history_drop or self.history_crop):
+            raise UserError("--packing True with --history_drop or --history_crop is not implemented; choose one")
         if self.freeze_LLM and self.use_lora:
             raise UserError("--freeze_LLM True and --use_lora True exclude each other; choose one")
         if self.freeze_LLM and self.train_from_scratch:
@@ -116,7 +129,9 @@ class Options(StageOptions):
         steps = self.eval_step > 0 and (self.eval_step < 1 or self.eval_step == int(self.eval_step))
         self.check(
             sid_tokens=(self.sid_tokens in ("codebook", "used"), "codebook or used"),
-            sid_init=(self.sid_init in ("mean", "text"), "mean or text"),
+            sid_init=(self.sid_init in SID_INITS, " or ".join(SID_INITS)),
+            history_drop=(0 <= self.history_drop < 1, "0 or more and below 1"),
+            history_crop=(0 <= self.history_crop <= 1, "0 to 1"),
             report_to=(self.report_to in REPORTERS, " or ".join(REPORTERS)),
             lr_scheduler_type=(self.lr_scheduler_type in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             num_epochs=(self.num_epochs >= 0, "more than 0, or 0 for a number by the targets"),
@@ -138,7 +153,8 @@ class Options(StageOptions):
     def require_inputs(self) -> None:
         """Raise `UserError` for the first required option that is missing."""
         files = ("train_file", "eval_file", "sid_index_path", "item_meta_path", "prompt_template")
-        self.require(*files, "output_dir", *(["user_preference_file"] if self.user_preference_file else []))
+        optional = [name for name in ("user_preference_file", "sid_codebooks") if getattr(self, name)]
+        self.require(*files, "output_dir", *optional)
         if not self.base_model:  # a hub name is no path
             raise UserError("--base_model is required")
 
@@ -229,13 +245,19 @@ def build_model(options: Options, data):
     from minionerec.decoding.tree_attention import require_tree_attention
     from minionerec.language_model.adapters import add_lora, train_new_rows
     from minionerec.language_model.checkpoints import load_model, load_tokenizer, new_model
-    from minionerec.language_model.new_tokens import add_tokens, require_sid_tokens
+    from minionerec.language_model.new_tokens import add_tokens, require_sid_tokens, start_from_codebooks
     from minionerec.language_model.regularization import add_dropout
 
     tokenizer = load_tokenizer(options.base_model, "base_model")
     model = (new_model if options.train_from_scratch else load_model)(options.base_model, "base_model")
     tokens = codebook_tokens(data.items.sids, used_only=options.sid_tokens == "used")
     new_ids = add_tokens(model, tokenizer, tokens, data.items if options.sid_init == "text" else None)
+    if options.sid_init == "codebook":
+        from rq.codebooks import read_codebooks
+
+        start_from_codebooks(
+            model, tokenizer, new_ids, read_codebooks(options.sid_codebooks, "sid_codebooks").codebooks
+        )
     require_sid_tokens(tokenizer, data.catalog.sids)
     model.config.pad_token_id = tokenizer.pad_token_id
     if options.freeze_LLM:
@@ -283,6 +305,7 @@ def build_lines(options: Options, args, data, prompts, tokenizer):
     """
     from data import parse_tasks, sft_pairs
     from minionerec.language_model import sid_sequences
+    from minionerec.language_model.augmentation import AugmentedLines, level_of_tokens
     from minionerec.language_model.batches import Lines
     from minionerec.language_model.tokenizing import check_rows, joined, tokenize_cached
 
@@ -306,7 +329,16 @@ def build_lines(options: Options, args, data, prompts, tokenizer):
         parts += [whole.trimmed(options.cutoff_len)] * max(1, copies)
     if weights:
         parts.append(tokenised(weights, data.train))
-    train = Lines(joined(parts), options.cutoff_len if options.packing else 0)
+    if options.history_drop or options.history_crop:
+        if not prompts.continues:
+            raise UserError(
+                f"{prompts.path}: --history_drop and --history_crop augment whole sequences, which this template does not "
+                "have (it has a response marker); use config/prompt.yaml, or 0"
+            )
+        level = level_of_tokens(data.catalog.sids, tokenizer, len(tokenizer))
+        train = AugmentedLines(joined(parts), level, options.history_drop, options.history_crop)
+    else:
+        train = Lines(joined(parts), options.cutoff_len if options.packing else 0)
     if prompts.continues:
         return train, Lines(sid_sequences.single_rows(data.valid, sids, prefix, tokenizer).trimmed(options.cutoff_len))
     return train, Lines(tokenised({"sid_seq": 1}, data.valid))

@@ -3,9 +3,13 @@
     python -m benchmarks.experiments --plan benchmarks/plans/rl.yaml --dataset_dir data/industrial \\
         --output_dir output/experiments/industrial --bases tiny=output/base --jobs 2
 
-A plan names its runs. Each is a launcher with variables. `base` names a model of --bases; `start` names the run whose
-checkpoint an RL run begins with; `baseline` names the run whose model its sasrec reward uses; `rows` is how many rows
-of valid and test are scored (default: all):
+A plan names its runs. Each is a launcher with variables (`env`), and these keys:
+
+    base       SFT: a model of --bases
+    start      RL: the run whose checkpoint it begins with
+    baseline   RL: the run whose model its reward uses
+    sids       a folder of --sids_dir: the data with other SIDs (benchmarks/sid_variants.py). Its path replaces {sids}
+    rows       rows of valid and test that are scored, drawn by seed; default: all
 
     seeds: [1, 2, 3]
     runs:
@@ -16,7 +20,8 @@ of valid and test are scored (default: all):
 
 The stages skip what is finished, so a killed command continues, and a changed plan trains only what it changes. Settings
 are compared by valid NDCG@10. Test figures are printed next to it; choosing by them would be choosing on test. Scores are
-by item, with 50 beams. The second table compares each RL run with the start of the same seed, row by row.
+by item in the headline protocol of the data, with 50 beams. The second table compares each RL run with the start of
+the same seed, row by row.
 """
 
 import functools
@@ -31,7 +36,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from benchmarks.dataset import files_of
+from benchmarks.dataset import Files, files_of
 from minionerec.common.errors import UserError
 from minionerec.common.files import read_json, require_file, write_json
 from minionerec.common.options import INPUT, OUTPUT, option, run
@@ -47,6 +52,7 @@ NEEDS = ("start", "baseline")  # keys of a run that name another run
 class Options:
     plan: str = option("", "the runs, a YAML file", role=INPUT)
     dataset_dir: str = option("", "a folder in the published layout, one file of each kind", role=INPUT)
+    sids_dir: str = option("", "folder of data set folders with other SIDs, for runs that name `sids`", role=INPUT)
     output_dir: str = option("", "folder for checkpoints, predictions and logs", role=OUTPUT)
     bases: str = option("", "the plan's base models: name=folder, separated by commas")
     category: str = option("", "what the prompts call the items")
@@ -87,7 +93,8 @@ class Experiments:
 
     def __init__(self, options: Options, runs: dict, seeds: list[int]):
         self.options, self.runs, self.seeds = options, runs, seeds
-        self.data = files_of(options.dataset_dir)
+        for name in runs:
+            self.data(name)  # a missing folder is better named now
         self.folder = Path(options.output_dir)
         self.bases = dict(part.split("=", 1) for part in options.bases.split(",") if "=" in part)
 
@@ -96,6 +103,15 @@ class Experiments:
         own = self.runs[name]
         return own | {key: self.settings(own[key]) for key in NEEDS if key in own}
 
+    def data(self, name: str) -> Files:
+        """The files of a run: those of its `sids`, or of the run that it starts from, or of --dataset_dir."""
+        settings = self.runs[name]
+        if "start" in settings:
+            return self.data(settings["start"])
+        if "sids" in settings:
+            return files_of(str(Path(self.options.sids_dir) / settings["sids"]), "sids_dir")
+        return files_of(self.options.dataset_dir)
+
     def place(self, name: str, seed: int) -> Path:
         return self.folder / f"{name}-{seed}"
 
@@ -103,11 +119,11 @@ class Experiments:
 
     def environment(self, name: str, seed: int) -> dict[str, str]:
         """The variables of a run's launcher."""
-        settings = self.runs[name]
+        settings, data = self.runs[name], self.data(name)
         env = {
-            "TRAIN_FILE": self.data.train, "EVAL_FILE": self.data.valid, "INFO_FILE": self.data.info,
-            "VALID_FILE": self.data.valid, "TEST_FILE": self.data.test, "SID_INDEX_PATH": self.data.index,
-            "ITEM_META_PATH": self.data.items, "CATEGORY": self.options.category, "SEED": seed, "NPROC": 1,
+            "TRAIN_FILE": data.train, "EVAL_FILE": data.valid, "INFO_FILE": data.info, "VALID_FILE": data.valid,
+            "TEST_FILE": data.test, "SID_INDEX_PATH": data.index, "ITEM_META_PATH": data.items, "NPROC": 1,
+            "CATEGORY": self.options.category, "SEED": seed,
             "OUTPUT_DIR": self.place(name, seed) / "model", "OVERWRITE": True,
         }  # fmt: skip
         if settings["stage"] == "sft":
@@ -118,7 +134,8 @@ class Experiments:
             env["MODEL_PATH"] = self.place(settings["start"], seed) / "model"
             env["BASELINE_PATH"] = self.place(settings["baseline"], seed) / "model" if "baseline" in settings else ""
             env["ACCELERATE_CONFIG"] = "config/ddp.yaml" if _has_gpu() else "config/cpu.yaml"
-        return {key: str(value) for key, value in (env | settings.get("env", {})).items()}
+        sids = str(Path(data.index).parent)
+        return {key: str(value).replace("{sids}", sids) for key, value in (env | settings.get("env", {})).items()}
 
     def launch(self, script: str, env: dict[str, str], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +153,7 @@ class Experiments:
         if settings["stage"] != "sasrec":  # which scores itself
             for split in ("valid", "test"):
                 scoring = {
-                    "BASE_MODEL": env["OUTPUT_DIR"], "TEST_DATA_PATH": getattr(self.data, split), "NUM_BEAMS": "50",
+                    "BASE_MODEL": env["OUTPUT_DIR"], "TEST_DATA_PATH": getattr(self.data(name), split), "NUM_BEAMS": "50",
                     "BATCH_SIZE": "64", "RESULT_JSON_DATA": str(folder / f"{split}.json"),
                     "TEST_ROWS": str(settings.get("rows", -1)), "SAMPLE": "",
                 }  # fmt: skip
@@ -168,9 +185,9 @@ class Experiments:
             return None
         if self.runs[name]["stage"] == "sasrec":
             scores = read_json(folder / "model" / "metrics.json", "output_dir")
-            parts = {"valid": scores["valid"], "test": scores["item"]}
+            parts = {"valid": scores["valid"], "test": by_item(scores)}
         else:
-            parts = {s: read_json(folder / f"{s}.metrics.json", "output_dir")["item"] for s in ("valid", "test")}
+            parts = {s: by_item(read_json(folder / f"{s}.metrics.json", "output_dir")) for s in ("valid", "test")}
         return parts | {"seconds": read_record(folder / "model" / RECORD).get("seconds", 0)}
 
     def table(self) -> str:
@@ -217,9 +234,16 @@ class Experiments:
     @functools.cache  # noqa: B019 an object lives as long as the process
     def gains(self, name: str, seed: int, split: str) -> np.ndarray:
         """(rows, METRICS): the metrics of each single row, by item."""
-        with np.load(self.place(name, seed) / f"{split}.ranks.npz") as arrays:
-            distinct, inverse = np.unique(arrays["all_item"], return_inverse=True)
+        place = self.place(name, seed)
+        protocol = read_json(place / f"{split}.metrics.json", "output_dir")["headline"]
+        with np.load(place / f"{split}.ranks.npz") as arrays:
+            distinct, inverse = np.unique(arrays[f"{protocol}_item"], return_inverse=True)
         return np.array([list(metrics.table(np.array([rank])).values()) for rank in distinct])[inverse]
+
+
+def by_item(scores: dict) -> dict[str, float]:
+    """The metrics by item in the headline protocol, of what an evaluation has written."""
+    return scores["unseen"]["item"] if scores["headline"] == "unseen" else scores["item"]
 
 
 def _has_gpu() -> bool:

@@ -13,7 +13,7 @@ import torch
 from tokenizers import AddedToken
 
 from minionerec.catalog.items import Items
-from minionerec.catalog.sids import SID_TOKEN, canonical_sid
+from minionerec.catalog.sids import SID_TOKEN, canonical_sid, level_token
 from minionerec.common.errors import UserError
 
 BLOCK = 8192  # rows of an embedding that are centred at once
@@ -57,6 +57,42 @@ def add_tokens(model, tokenizer, tokens: Sequence[str], items: Items | None = No
     if bias is not None:
         bias[new_ids] = bias[old_ids].float().mean().to(bias.dtype)
     return new_ids
+
+
+@torch.no_grad()
+def start_from_codebooks(model, tokenizer, new_ids: Sequence[int], codebooks: Sequence) -> None:
+    """Start the row of `<a_k>` from the centroid `codebooks[0][k]`, that of `<b_k>` from `codebooks[1][k]`, and so on.
+
+    A level's centroids, (K, dim), are projected to the hidden size by one random matrix for all levels, drawn with
+    torch, and scaled to the standard deviation of the rows that they replace; distances between codes are kept up to
+    the projection's error. Only rows of `new_ids` change. Levels without a codebook (an extra token) keep their rows.
+    Raises `UserError` for a code that its codebook does not have.
+    """
+    new, dim = set(new_ids), codebooks[0].shape[1]
+    for weight in embedding_matrices(model):
+        projection = torch.randn(dim, weight.shape[1], device=weight.device)
+        for level, book in enumerate(codebooks):
+            own = [(id, code) for id, code in _codes_of_level(tokenizer, level) if id in new]
+            for id, code in own:
+                if code >= len(book):
+                    raise UserError(
+                        f"--sid_codebooks: codebook_{level} has {len(book)} codes, and the index has "
+                        f"{tokenizer.convert_ids_to_tokens(id)}; expected the codebooks that the index was made with"
+                    )
+            if not own:
+                continue
+            ids, codes = zip(*own, strict=True)
+            centroids = torch.from_numpy(book[list(codes)]).to(weight.device)
+            rows = (centroids - centroids.mean(dim=0)) @ projection
+            old = weight[list(ids)].float()
+            weight[list(ids)] = (old.mean(dim=0) + rows * (old.std() / rows.std().clamp(min=1e-12))).to(weight.dtype)
+
+
+def _codes_of_level(tokenizer, level: int) -> list[tuple[int, int]]:
+    """(token id, code) of every token of a level, in order of ids."""
+    before = level_token(level, 0).removesuffix("0>")  # <a_
+    own = [(id, token) for token, id in tokenizer.get_vocab().items() if token.startswith(before)]
+    return [(id, int(token[len(before) : -1])) for id, token in sorted(own) if SID_TOKEN.fullmatch(token)]
 
 
 def draw_like(weight: torch.Tensor, ids: Sequence[int], count: int) -> torch.Tensor:

@@ -95,12 +95,16 @@ class UpdateAverage(TrainerCallback):
 
 
 class TimeBudget(TrainerCallback, ExportableState):
-    """Prints when training will end, and ends it, with an evaluation, after `seconds` of training and evaluations."""
+    """Ends training, with an evaluation, after `seconds` of training and evaluations, and prints when that will be.
+
+    `SFTTrainer` lets the learning rate follow `share`, the share of the seconds that is gone.
+    """
 
     MEASURED = 20  # steps until the end is estimated
 
     def __init__(self, seconds: float, spent: float = 0.0):
         self.seconds, self.spent, self.started = seconds, spent, time.monotonic()
+        self.share = min(1.0, spent / seconds)  # the same on all processes
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started, self.first_step = time.monotonic(), state.global_step
@@ -108,6 +112,7 @@ class TimeBudget(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, **kwargs):
         # the first process decides for all: clocks differ, and one that stops alone leaves the others waiting
         elapsed = on_main_process(lambda: self.spent + time.monotonic() - self.started)
+        self.share = min(1.0, elapsed / self.seconds)
         if state.global_step - self.first_step == self.MEASURED and state.is_world_process_zero:
             total = elapsed + (time.monotonic() - self.started) / self.MEASURED * (state.max_steps - state.global_step)
             print(f"training ends in about {total:.0f} s, evaluations not counted; --time_budget {self.seconds:.0f} s")
@@ -136,6 +141,8 @@ class SFTTrainer(Trainer):
     """`transformers.Trainer` with logits only for answers, one order on any number of processes, exact evaluation.
 
     order: the lines of each epoch; validation: `evaluation.validation.Validation`, or None to measure only the loss.
+    With a `TimeBudget` among the callbacks, the learning rate is where the larger of two shares puts it on its schedule,
+    that of steps and that of seconds, so that a run that its budget ends has come to the end of its schedule.
     """
 
     def __init__(
@@ -158,6 +165,19 @@ class SFTTrainer(Trainer):
 
     def _loss(self, outputs, labels, num_items_in_batch=None):
         return self.answer_logits.loss(outputs, labels, num_items_in_batch)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if hasattr(scheduler, "lr_lambdas"):
+            scheduler.lr_lambdas = [
+                lambda step, usual=usual: usual(max(step, self._spent() * num_training_steps))
+                for usual in scheduler.lr_lambdas
+            ]
+        return scheduler
+
+    def _spent(self) -> float:
+        """The share of the time budget that is gone, 0 without one. Resuming replaces the callback, so it is looked up."""
+        return max((c.share for c in self.callback_handler.callbacks if isinstance(c, TimeBudget)), default=0.0)
 
     def _get_train_sampler(self, train_dataset=None):
         return self.order
