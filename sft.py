@@ -404,6 +404,7 @@ def main(options: Options) -> None:
     validation = build_validation(options, data, prompts, tokenizer)
     lines = build_lines(options, args, data, prompts, tokenizer)
     order = EpochOrder(lines[0].lengths, options.batch_size, options.seed, options.group_by_length)
+    lines[0].order = order
     memory.check_and_print(model, new_ids, lines[0], order, args)
 
     # ---- training

@@ -5,6 +5,7 @@ are never lost: options that do not shape the result resume, others are refused;
 unbroken one; each checkpoint carries wording and settings; several processes train as one.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -29,6 +31,7 @@ from minionerec.catalog.items import Items
 from minionerec.common.devices import use_one_gpu
 from minionerec.common.errors import UserError
 from minionerec.language_model import checkpoints, sft_trainer
+from rq.codebooks import CodebookFile, write_codebooks
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -88,7 +91,17 @@ def killed(options, saves: int = 2) -> Path:
     [
         ({"freeze_LLM": True, "use_lora": True}, "exclude each other"),
         ({"freeze_LLM": True, "train_from_scratch": True}, "random weights"),
-        ({"sid_init": "zeros"}, "--sid_init zeros: expected mean or text"),
+        ({"sid_init": "zeros"}, "--sid_init zeros: expected mean or text or codebook"),
+        (
+            {"sid_init": "codebook"},
+            r"--sid_init codebook --sid_codebooks \(none\): expected --sid_init codebook and its file",
+        ),
+        (
+            {"sid_codebooks": "x.npz"},
+            "--sid_init mean --sid_codebooks x.npz: expected --sid_init codebook and its file",
+        ),
+        ({"history_drop": 1}, "--history_drop 1: expected 0 or more and below 1"),
+        ({"history_crop": 0.5, "packing": True}, "is not implemented; choose one"),
         ({"sid_tokens": "all"}, "--sid_tokens all: expected codebook or used"),
         ({"report_to": "paper"}, "--report_to paper: expected none or wandb or tensorboard"),
         ({"lr_scheduler_type": "sine"}, "--lr_scheduler_type sine: expected one of linear, cosine"),
@@ -229,10 +242,33 @@ def test_an_index_of_another_data_set_is_refused(options, tmp_path):
     sft.main(options(num_epochs=1))  # the failed start is no obstacle
 
 
+@pytest.mark.parametrize("option", ["history_drop", "history_crop"])
+def test_augmentation_needs_whole_sequences(options, option):
+    with pytest.raises(
+        UserError, match="prompt_upstream.yaml: --history_drop and --history_crop augment whole sequences"
+    ):
+        sft.main(options(prompt_template=str(ROOT / "config/prompt_upstream.yaml"), **{option: 0.5}))
+
+
+def test_augmentation_and_codebooks_change_the_training(options, tmp_path):
+    """Each by itself, from the same seed."""
+    write_codebooks(
+        tmp_path / "books.npz", CodebookFile(np.random.default_rng(0).normal(size=(3, 8, 5)), np.zeros((0, 3)))
+    )
+    codebook = {"sid_init": "codebook", "sid_codebooks": str(tmp_path / "books.npz")}
+    changes = [{}, {"history_drop": 0.5}, {"history_crop": 1.0}, codebook]
+    for n, change in enumerate(changes):
+        sft.main(options(f"run{n}", num_epochs=1, **change))
+    tables = [weights(tmp_path / f"run{n}")["model.embed_tokens.weight"] for n in range(4)]
+    assert all(not torch.equal(tables[0], other) for other in tables[1:])
+
+
 # ------------------------------------------------------------------------------------------------ nothing is lost
 
 
-def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(options, tmp_path):
+@pytest.mark.parametrize("augmented", [False, True])
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(options, tmp_path, augmented):
+    options = functools.partial(options, history_drop=0.3, history_crop=0.3) if augmented else options
     sft.main(options("whole"))
     folder = killed(options("killed"))
     assert not (folder / "model.safetensors").exists()

@@ -9,15 +9,20 @@ are. As in CL4SRec (Xie et al. 2022, arXiv 2010.14395), without its contrastive 
 """
 
 import numpy as np
-import torch
 
 from minionerec.common.errors import UserError
-from minionerec.language_model.batches import Lines
+from minionerec.language_model.batches import EpochOrder, Lines
 from minionerec.language_model.tokenizing import Rows
 
 
 class AugmentedLines(Lines):
-    """`Lines` whose sequences lose each item with probability `drop`, and with probability `crop` their beginning."""
+    """`Lines` whose sequences lose each item with probability `drop`, and with probability `crop` their beginning.
+
+    What a line loses depends only on the seed and the epoch of `order` and on the line: equal for any number of
+    processes, and on resume.
+    """
+
+    order: EpochOrder  # of these lines; it is made from their lengths, so it comes later
 
     def __init__(self, rows: Rows, level: np.ndarray, drop: float, crop: float):
         """level: (vocabulary,) the level of each token id in SIDs, -1 for a token that is in none."""
@@ -25,17 +30,18 @@ class AugmentedLines(Lines):
         self.level, self.drop, self.crop = level, drop, crop
 
     def __getitem__(self, line: int) -> list[tuple[np.ndarray, int]]:
-        return [self.augmented(tokens, answer) for tokens, answer in super().__getitem__(line)]
+        rng = np.random.default_rng([self.order.seed, self.order.epoch, line + 1])  # a blank line is -1
+        return [self.augmented(tokens, answer, rng) for tokens, answer in super().__getitem__(line)]
 
-    def augmented(self, tokens: np.ndarray, answer: int) -> tuple[np.ndarray, int]:
-        """(token ids, tokens of the answer) of a row, with items left out; random numbers come from torch."""
+    def augmented(self, tokens: np.ndarray, answer: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        """(token ids, tokens of the answer) of a row, with items left out."""
         levels = self.level[tokens]
         begins = np.flatnonzero(levels == 0)  # of the items
         if len(begins) < 3 or (levels[begins[0] :] < 0).any():
             return tokens, answer
-        keep = torch.rand(len(begins)).numpy() >= self.drop
-        if torch.rand(()) < self.crop:
-            keep[: int(torch.randint(len(begins) - 1, ()))] = False
+        keep = rng.random(len(begins)) >= self.drop
+        if rng.random() < self.crop:
+            keep[: rng.integers(len(begins) - 1)] = False
         keep[-2:] = True
         item = (levels == 0).cumsum() - 1  # the item of each token, -1 for the prompt's
         kept = np.append(keep, True)[item]

@@ -66,8 +66,8 @@ def random_rows(n: int = 21, vocab_size: int = VOCABULARY) -> Rows:
     return rows._replace(tokens=generator.integers(1, vocab_size, len(rows.tokens)).astype(np.int32))
 
 
-def train(folder, model, rows: Rows, valid: Rows | None = None, capacity: int = 0, **arguments) -> SFTTrainer:
-    """Two epochs of `SFTTrainer` on given rows; `capacity` packs them."""
+def train(folder, model, rows: Rows, valid: Rows | None = None, capacity: int = 0, callbacks=None, **arguments):
+    """The `SFTTrainer` after two epochs on given rows; `capacity` packs them."""
     lines = Lines(rows, capacity)
     defaults = {"num_train_epochs": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "save_strategy": "no"}
     args = TrainingArguments(
@@ -78,6 +78,7 @@ def train(folder, model, rows: Rows, valid: Rows | None = None, capacity: int = 
     trainer = SFTTrainer(
         model=model, args=args, train_dataset=lines, eval_dataset=Lines(valid or rows),
         data_collator=Collator(0, packed=capacity > 0), order=EpochOrder(lines.lengths, size, 1, by_length=True),
+        callbacks=callbacks,
     )  # fmt: skip
     trainer.train()
     return trainer

@@ -7,6 +7,7 @@ distribution of the old ones or the text of their items; a new token's bias is t
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from language_model.small_models import WITH_BIAS, random_model
@@ -18,7 +19,13 @@ from minionerec.catalog.items import Items, read_titles
 from minionerec.catalog.sids import codebook_tokens, read_index
 from minionerec.common.errors import UserError
 from minionerec.language_model.checkpoints import load_model, load_tokenizer, new_model
-from minionerec.language_model.new_tokens import add_tokens, draw_like, embedding_matrices, require_sid_tokens
+from minionerec.language_model.new_tokens import (
+    add_tokens,
+    draw_like,
+    embedding_matrices,
+    require_sid_tokens,
+    start_from_codebooks,
+)  # fmt: skip
 
 SIDS = ["<a_0><b_1>", "<a_1><b_0>", "<a_1><b_1>"]
 TOKENS = ["<a_0>", "<a_1>", "<b_0>", "<b_1>"]
@@ -209,3 +216,47 @@ def test_a_model_of_the_saved_world_keeps_its_tokens(checkpoint_folder, policy):
     require_sid_tokens(tokenizer, policy.catalog.sids)
     added = json.loads((checkpoint_folder / "tokenizer.json").read_text())["added_tokens"]
     assert all(not token["normalized"] and not token["special"] for token in added if "_" in token["content"])
+
+
+# ------------------------------------------------------------------------------------------------ codebooks
+
+
+def codebooks(sizes, dim=12) -> list:
+    rng = np.random.default_rng(0)
+    return [(5 + rng.normal(size=(size, dim))).astype(np.float32) for size in sizes]
+
+
+def test_codes_start_at_their_centroids(base_model, world):
+    """The geometry of the centroids survives the projection; nothing else changes."""
+    model, tokenizer = new_model(base_model, "base_model"), load_tokenizer(base_model, "base_model")
+    tokens = codebook_tokens(read_index(world.index), used_only=False)
+    new_ids = add_tokens(model, tokenizer, tokens)
+    [weight] = embedding_matrices(model)
+    before = weight.detach().clone()
+    books = codebooks([256, 256, 256])
+    start_from_codebooks(model, tokenizer, new_ids, books)
+    old = sorted(set(range(len(weight))) - set(new_ids))
+    assert torch.equal(weight[old], before[old])
+    for letter, book in zip("abc", books, strict=True):
+        ids = [tokenizer.convert_tokens_to_ids(t) for t in sorted(tokens) if t.startswith(f"<{letter}_")]
+        codes = [int(tokenizer.convert_ids_to_tokens(id)[3:-1]) for id in ids]
+        assert weight[ids].std().item() == pytest.approx(before[ids].std().item(), rel=0.2)
+        distances = torch.pdist(weight[ids].detach()), torch.pdist(torch.from_numpy(book[codes]))
+        assert torch.corrcoef(torch.stack(distances))[0, 1] > 0.5
+
+
+def test_a_code_that_its_codebook_lacks_is_refused(base_model, world):
+    model, tokenizer = new_model(base_model, "base_model"), load_tokenizer(base_model, "base_model")
+    new_ids = add_tokens(model, tokenizer, ["<a_0>", "<a_3>", "<b_0>"])
+    with pytest.raises(UserError, match=r"codebook_0 has 3 codes, and the index has <a_3>; expected the codebooks"):
+        start_from_codebooks(model, tokenizer, new_ids, codebooks([3, 3]))
+
+
+def test_levels_without_a_codebook_keep_their_rows(base_model):
+    model, tokenizer = new_model(base_model, "base_model"), load_tokenizer(base_model, "base_model")
+    new_ids = add_tokens(model, tokenizer, ["<a_0>", "<a_1>", "<b_0>", "<b_1>"])
+    [weight] = embedding_matrices(model)
+    before = weight.detach().clone()
+    start_from_codebooks(model, tokenizer, new_ids, codebooks([3]))
+    changed = [bool((weight[id] != before[id]).any()) for id in new_ids]
+    assert changed == [True, True, False, False]

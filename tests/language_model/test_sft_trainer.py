@@ -140,3 +140,34 @@ def test_time_spent_before_a_resume_counts():
     budget.on_train_begin(None, state, control)
     budget.on_step_end(None, state, control)
     assert control.should_training_stop
+
+
+def learning_rates(folder, budget: TimeBudget | None, **arguments) -> list[float]:
+    values = {"per_device_train_batch_size": 3, "learning_rate": 1.0, "lr_scheduler_type": "linear"}
+    trainer = train(folder, random_model("qwen2"), random_rows(), callbacks=budget and [budget], **values | arguments)
+    return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+
+
+class Clock(TimeBudget):
+    """A budget of which every step takes a tenth."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.share = min(1.0, state.global_step / 10)
+        control.should_training_stop |= self.share >= 1
+
+
+@pytest.mark.parametrize("steps, ends", [(5, False), (100, True)])
+def test_the_learning_rate_has_decayed_when_the_budget_ends_a_run(tmp_path, steps, ends):
+    """After n steps it is at the larger of n / steps and the share of the seconds."""
+    without = learning_rates(tmp_path / "a", None, max_steps=steps)
+    rates = learning_rates(tmp_path / "b", Clock(10.0), max_steps=steps)
+    if ends:
+        assert len(rates) == 10 and without[9] > 0.9
+        expected = [1, 0.99, *(1 - n / 10 for n in range(1, 9))]  # a share is known one step later
+        assert rates == pytest.approx(expected)
+    else:
+        assert rates == without and len(rates) == 5
+
+
+def test_the_share_of_the_seconds_survives_a_resume():
+    assert TimeBudget(10.0, spent=4.0).share == 0.4 and TimeBudget(10.0, spent=40.0).share == 1.0
