@@ -18,7 +18,9 @@ def arguments(world, tmp_path) -> list[str]:
     n_items = len(read_index(world.index))
     np.save(tmp_path / "toy.emb-x-td.npy", np.random.default_rng(0).normal(size=(n_items, 6)).astype(np.float32))
     torch.manual_seed(0)
-    SASRec(n_items=n_items, max_history=5, hidden_size=8, dropout=0.0, num_layers=1, num_heads=2).save(tmp_path / "sasrec")
+    SASRec(n_items=n_items, max_history=5, hidden_size=8, dropout=0.0, num_layers=1, num_heads=2).save(
+        tmp_path / "sasrec"
+    )
     paths = {"dataset_dir": world.folder, "embeddings": tmp_path / "toy.emb-x-td.npy"}
     paths |= {"baseline_path": tmp_path / "sasrec", "output_dir": tmp_path / "sids"}
     return [part for name, path in paths.items() for part in (f"--{name}", str(path))]
