@@ -260,3 +260,13 @@ def test_levels_without_a_codebook_keep_their_rows(base_model):
     start_from_codebooks(model, tokenizer, new_ids, codebooks([3]))
     changed = [bool((weight[id] != before[id]).any()) for id in new_ids]
     assert changed == [True, True, False, False]
+
+
+def test_tokens_that_the_model_had_keep_their_rows(base_model):
+    model, tokenizer = new_model(base_model, "base_model"), load_tokenizer(base_model, "base_model")
+    [known] = add_tokens(model, tokenizer, ["<a_0>"])
+    new_ids = add_tokens(model, tokenizer, ["<a_0>", "<a_1>", "<a_2>"])
+    [weight] = embedding_matrices(model)
+    before = weight.detach().clone()
+    start_from_codebooks(model, tokenizer, new_ids, codebooks([3]))
+    assert torch.equal(weight[known], before[known]) and not torch.equal(weight[new_ids], before[new_ids])
