@@ -25,7 +25,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minionerec.common.errors import UserError
 from minionerec.common.options import INPUT, RUNTIME, StageOptions, option, run
 
 RANKING = ("rule", "ndcg")
@@ -117,13 +116,11 @@ def has_signal(rewards: np.ndarray) -> np.ndarray:
 def spearman(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Rank correlation of each row of `one` and `other`, (rows, n), in [-1, 1]; ties have their mean rank, rows a signal."""
 
-    def centred_ranks(values):
-        below = (values[:, None, :] < values[:, :, None]).sum(axis=2)
-        equal = (values[:, None, :] == values[:, :, None]).sum(axis=2)
-        ranks = below + (equal + 1) / 2  # from 1
-        return ranks - ranks.mean(axis=1, keepdims=True)
+    from scipy.stats import rankdata
 
-    one, other = centred_ranks(one), centred_ranks(other)
+    one, other = (
+        ranks - ranks.mean(axis=1, keepdims=True) for ranks in (rankdata(one, axis=1), rankdata(other, axis=1))
+    )
     return (one * other).sum(axis=1) / np.sqrt((one**2).sum(axis=1) * (other**2).sum(axis=1))
 
 
