@@ -246,10 +246,8 @@ class Recommender:
         from minionerec.evaluation import blend
 
         options, count = self.options, self.options.num_beams or max(50, self.options.K)
-        arguments = (texts, histories, self.baselines, self.catalog)
-        found = blend.collect(*self.loaded, *arguments, count=count, hidden=[sorted(items) for items in hidden])[
-            "unseen"
-        ]
+        arguments = (*self.loaded, texts, histories, self.baselines, self.catalog)
+        found = blend.collect(*arguments, count=count, hidden=[sorted(items) for items in hidden])["unseen"]
         total = blend.blended(found, self.weights.of(found))
         best = np.argsort(-total, axis=1, kind="stable")[:, : options.K]
         return [

@@ -115,12 +115,10 @@ def has_signal(rewards: np.ndarray) -> np.ndarray:
 
 def spearman(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Rank correlation of each row of `one` and `other`, (rows, n), in [-1, 1]; ties have their mean rank, rows a signal."""
-
     from scipy.stats import rankdata
 
-    one, other = (
-        ranks - ranks.mean(axis=1, keepdims=True) for ranks in (rankdata(one, axis=1), rankdata(other, axis=1))
-    )
+    one, other = rankdata(one, axis=1), rankdata(other, axis=1)
+    one, other = one - one.mean(axis=1, keepdims=True), other - other.mean(axis=1, keepdims=True)
     return (one * other).sum(axis=1) / np.sqrt((one**2).sum(axis=1) * (other**2).sum(axis=1))
 
 
