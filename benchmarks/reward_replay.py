@@ -27,7 +27,6 @@ import numpy as np
 
 from minionerec.common.options import INPUT, RUNTIME, StageOptions, option, run
 
-RANKING = ("rule", "ndcg")
 COLUMNS = ("signal", "mean", "std", "spearman")
 
 
@@ -69,9 +68,9 @@ def rl_options(options: Options):
     shared += ("prompt_template", "max_history", "rl_tasks", "seed", "num_generations", "space")
     values = {name: getattr(options, name) for name in shared}
     values |= {"reward_type": ",".join(names), "train_rows": options.rows}
-    # rl.py also validates and trains: what only these need is given and not used.
-    found = rl.Options(**values, eval_file=options.train_file, eval_rows=1, output_dir="unused", keep_start=False)
-    found.train_batch_size = options.num_generations
+    # What rl.py requires for training and validation, and what is not used here.
+    values |= {"eval_file": options.train_file, "output_dir": "none", "train_batch_size": options.num_generations}
+    found = rl.Options(**values)
     rl.check(found)
     return found
 
@@ -98,11 +97,13 @@ def rewards_of(rewards, columns: dict[str, list], groups: np.ndarray, catalog) -
     targets = [catalog.row_of_sid[sid] for sid in batch["target_sid"]]
     batch |= {"prompts": batch.pop("prompt"), "completions": [catalog.sids[r] for r in row]}
     batch |= {"row": row, "target_row": targets}
-    # As single precision: the trainer compares those of a group so.
-    found = {reward.__name__: np.float32(reward(**batch)).reshape(groups.shape) for reward in rewards}
-    ranking = sum(found[name] for name in RANKING)
-    at = list(found).index(RANKING[-1]) + 1
-    return dict([*list(found.items())[:at], ("ranking", ranking), *list(found.items())[at:]])
+    found = {}
+    for reward in rewards:
+        # In single precision, in which the trainer compares the rewards of a group.
+        found[reward.__name__] = np.float32(reward(**batch)).reshape(groups.shape)
+        if reward.__name__ == "ndcg":
+            found["ranking"] = found["rule"] + found["ndcg"]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ figures

@@ -73,7 +73,7 @@ def choose_weights(candidates: Candidates, targets: np.ndarray, metric: str = ME
 def choose_user_weights(candidates: Candidates, targets: np.ndarray, seed: int, metric: str = METRIC) -> Choice:
     """Weights by user, with the best `metric` on validation rows (see the module's docstring). seed: of the folds."""
     options, values = _values(candidates, targets, metric)
-    rows = values.shape[1]
+    rows = values.shape[1]  # of valid
     fold = np.random.default_rng(seed).permutation(rows) % FOLDS
     best = options[int(values.mean(axis=1).argmax())]
     tried = {}
@@ -81,14 +81,17 @@ def choose_user_weights(candidates: Candidates, targets: np.ndarray, seed: int, 
         gains = _held_out_gains(values, candidates.confidence[:, baseline], shrinkage, fold)
         tried[baseline, shrinkage] = gains.mean(), gains.std() / math.sqrt(rows)
     (baseline, shrinkage), gain = max(tried.items(), key=lambda item: item[1][0])
-    confidence = candidates.confidence[:, baseline]
-    cuts = _cuts(confidence) if gain[0] > gain[1] else np.empty(0)
-    bins = np.searchsorted(cuts, confidence)
-    chosen = [options[i] for i in _best_of_bins(values, bins, len(cuts) + 1, shrinkage)] if len(cuts) else [best]
+    confidence, cuts, chosen = candidates.confidence[:, baseline], np.empty(0), [best]
+    if gain[0] > gain[1]:
+        cuts = _cuts(confidence)
+        places = _best_of_bins(values, np.searchsorted(cuts, confidence), len(cuts) + 1, shrinkage)
+        chosen = [options[place] for place in places]
+    if set(chosen) == {best}:
+        cuts, chosen = np.empty(0), [best]
     selection = {
         "shrinkage": shrinkage if len(cuts) else None,
         "gain": [float(x) for x in gain],
-        "rows": np.bincount(bins, minlength=len(chosen)).tolist(),
+        "rows": np.bincount(np.searchsorted(cuts, confidence), minlength=len(chosen)).tolist(),
     }
     return Choice(UserWeights(tuple(chosen), tuple(cuts.tolist()), baseline), best, selection)
 
