@@ -109,7 +109,7 @@ def test_the_command_counts_what_rl_counts(files, world, tmp_path):
     assert 0 < share < 1
     assert rewards["rule"]["signal"] == rewards["ndcg"]["signal"] == rewards["ranking"]["signal"] == share
     assert rewards["rule"]["mean"] == pytest.approx(share / 6)
-    assert done.stdout.splitlines()[-10].startswith(f"16 groups of 6 completions; {share:.4f} contain the target")
+    assert f"16 groups of 6 completions; {share:.4f} contain the target" in done.stdout
 
     files.pop("ada_path")
     trained = rl.Options(
