@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from helpers import N_ITEMS, run_stage
+from helpers import N_ITEMS
 
 import evaluate
 import recommend
@@ -136,13 +136,14 @@ def test_values_that_are_no_weights(baselines, weights, found):
 
 def test_recommend_refuses_other_files(world, checkpoint_folder, baselines, tmp_path):
     (tmp_path / "other.json").write_text(json.dumps({"blend_path": ["a/caser", "a/markov"], "weights": [1, 2]}))
-    arguments = ["--base_model", checkpoint_folder, "--info_file", world.info, "--jsonl", "--blend_path", *baselines]
     for weights, found in (
-        ([tmp_path / "other.json"], "has weights for a/caser, a/markov, found --blend_path"),
-        ([tmp_path / "none.json"], "none.json: no such file or folder; check --blend_weight"),
+        ([str(tmp_path / "other.json")], "has weights for a/caser, a/markov, found --blend_path"),
+        ([str(tmp_path / "none.json")], "none.json: no such file or folder; check --blend_weight"),
         (["1"], "--blend_weight ['1']: expected 2 numbers, one for each --blend_path"),
         (["1", "user"], "--blend_weight ['1', 'user']: expected 2 numbers"),
     ):
-        done = run_stage("recommend.py", *arguments, "--blend_weight", *weights, check=False)
-        assert done.returncode == 2 and found in done.stderr and "Traceback" not in done.stderr
-        assert not done.stdout
+        with pytest.raises(UserError) as error:
+            recommender(world, checkpoint_folder, baselines, *weights)  # before a history is asked
+        assert found in str(error.value)
+    with pytest.raises(UserError, match="expected 0 numbers"):
+        recommend.Options(blend_weight=["x.json"])

@@ -98,7 +98,7 @@ def choose_user_weights(candidates: Candidates, targets: np.ndarray, seed: int, 
 
 def _cuts(confidence: np.ndarray) -> np.ndarray:
     """Cut points of `BINS` quantile bins, each once; none that would leave a bin without rows."""
-    cuts = np.unique(np.quantile(confidence, np.arange(1, BINS) / BINS))
+    cuts = np.unique(np.quantile(confidence, np.arange(1, BINS) / BINS, method="lower"))  # values that occur
     return cuts[cuts < confidence.max()]
 
 
