@@ -111,9 +111,9 @@ def test_the_command_counts_what_rl_counts(files, world, tmp_path):
     assert rewards["rule"]["mean"] == pytest.approx(share / 6)
     assert f"16 groups of 6 completions; {share:.4f} contain the target" in done.stdout
 
-    files.pop("ada_path")
+    read = {name: files[name] for name in ("model_path", "train_file", "info_file")}
     trained = rl.Options(
-        **files, eval_file=str(world.valid), output_dir=str(tmp_path / "rl"), num_generations=6, train_batch_size=96,
+        **read, eval_file=str(world.valid), output_dir=str(tmp_path / "rl"), num_generations=6, train_batch_size=96,
         reward_type="prefix", space="catalog", eval_rows=2, eval_beams=6, learning_rate=0.0, eval_step=1,
     )  # fmt: skip
     rl.main(trained)
