@@ -137,6 +137,28 @@ def test_where_users_do_not_differ_the_ranking_is_that_of_auto(case):
         assert np.array_equal(own, auto)
 
 
+@pytest.mark.parametrize("errors, groups", [(0.9, 1), (1.1, 5)])
+def test_a_gain_within_its_standard_error_gives_auto(monkeypatch, errors, groups):
+    """errors: the cross-validated gain in standard errors."""
+    found, targets = planted(0, 1000, helps_the_sure=True)
+    noise = np.tile([1.0, -1.0], 500)
+    gains = noise + errors / np.sqrt(1000)  # a standard deviation of 1
+    monkeypatch.setattr(blend_weights, "_held_out_gains", lambda *_: gains)
+    chosen = choose_user_weights(found, targets, seed=0)
+    assert len(chosen.user_weights.weights) == len(chosen.selection["rows"]) == groups
+    assert chosen.selection["gain"] == pytest.approx([errors / np.sqrt(1000), 1 / np.sqrt(1000)])
+
+
+def test_groups_with_the_weights_of_all_are_one_group(monkeypatch):
+    """A gain on held-out rows does not say that the weights on all rows differ."""
+    targets, confidence = np.zeros(400, dtype=int), np.random.default_rng(0).random((400, 1))
+    same = np.tile(np.linspace(0, -1, N_ITEMS), (400, 1))
+    monkeypatch.setattr(blend_weights, "_held_out_gains", lambda *_: np.ones(400))
+    chosen = choose_user_weights(candidates(same, same, confidence=confidence), targets, seed=0)
+    assert chosen.user_weights == UserWeights((chosen.weights,)) and chosen.selection["rows"] == [400]
+    assert chosen.selection["shrinkage"] is None
+
+
 def test_bins_with_the_same_weights_rank_as_auto():
     """To the last bit: a sum in another order could break a tie differently."""
     rng = np.random.default_rng(0)
