@@ -10,7 +10,6 @@ Several processes share the rows and give the same files as one. A killed evalua
 `*.parts/`; re-running with the same options computes only what is missing.
 """
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import NamedTuple
 from minionerec.common import runs
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file, read_json, write_json
-from minionerec.common.options import INPUT, OUTPUT, RUNTIME, StageOptions, option, run
+from minionerec.common.options import INPUT, OUTPUT, RUNTIME, StageOptions, is_number, option, run
 from minionerec.common.processes import on_main_process
 from minionerec.decoding.spaces import SPACES
 from minionerec.evaluation.metrics import format_table
@@ -62,8 +61,12 @@ class Options(StageOptions):
     blend_path: list[str] = option(
         [], "folders of sasrec.sh: also rank by the weighted sum of the models' log-probabilities", role=INPUT
     )
-    blend_weight: list[str] = option(["auto"], "a weight for each, or auto: the best ones on --blend_valid_file")
-    blend_valid_file: str = option("", "valid CSV, for --blend_weight auto", role=INPUT)
+    blend_weight: list[str] = option(
+        ["auto"],
+        "a weight for each; auto: the best ones on --blend_valid_file; user: the best ones there for each group of users "
+        "of whom a baseline is about equally sure",
+    )
+    blend_valid_file: str = option("", "valid CSV, for --blend_weight auto and user", role=INPUT)
     blend_rows: int = option(3000, "rows of --blend_valid_file, drawn by seed; -1: all")
     # speed
     batch_size: int = option(8, "most prompts per forward", role=RUNTIME)
@@ -77,21 +80,18 @@ class Options(StageOptions):
             space=(self.space in ("", *SPACES), " or ".join(SPACES)),
             dtype=(self.dtype in ("", *DTYPES), " or ".join(DTYPES)),
             blend_weight=(
-                self.blend_weight == ["auto"]
+                self.chooses_weights
                 or len(self.blend_weight) == len(self.blend_path)
                 and all(map(is_number, self.blend_weight)),
-                f"auto, or {len(self.blend_path)} numbers, one for each --blend_path",
+                f"auto, user, or {len(self.blend_path)} numbers, one for each --blend_path",
             ),
             test_rows=(self.test_rows >= 1 or self.test_rows == -1, "at least 1, or -1 for all"),
         )
 
-
-def is_number(text: str) -> bool:
-    """Whether `text` is a finite number."""
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+    @property
+    def chooses_weights(self) -> bool:
+        """Whether the weights of the blend are chosen on --blend_valid_file."""
+        return self.blend_weight in (["auto"], ["user"])
 
 
 class Outputs(NamedTuple):
@@ -258,9 +258,29 @@ def write(options: Options, outputs: Outputs, settings, data, rows, found: Mappi
     )
 
 
+def blend_weights_of(options: Options, settings, data, candidates) -> tuple:
+    """(the `UserWeights` of --blend_weight, what the metrics hold of them). candidates: from rows to `Candidates`."""
+    from data import drawn, load
+    from minionerec.evaluation import blend_weights, protocols
+
+    if options.chooses_weights:
+        flags = {"valid": "blend_valid_file"}
+        files = {"info_file": options.info_file, "valid": options.blend_valid_file}
+        valid = load(**files, max_history=settings.max_history, flags=flags).valid
+        valid = drawn(valid, options.blend_rows, options.seed)
+        known = candidates(valid)[protocols.headline(data.train)], valid["target"].to_numpy()
+        if options.blend_weight == ["user"]:
+            choice = blend_weights.choose_user_weights(*known, options.seed)
+            return choice.user_weights, blend_weights.record(choice, options.blend_path)
+        weights = blend_weights.choose_weights(*known)
+    else:
+        weights = tuple(map(float, options.blend_weight))
+    return blend_weights.UserWeights((weights,)), {"weights": weights}
+
+
 def blend(options: Options, outputs: Outputs, settings, data, rows, model, tokenizer) -> None:
     """Rank the test rows by the blend with --blend_path, with weights chosen on valid, and write metrics and ranks."""
-    from data import Prompts, drawn, load, next_sid_prompts, template_of
+    from data import Prompts, next_sid_prompts, template_of
     from minionerec.baselines.models import load_checkpoint
     from minionerec.evaluation import blend, protocols
 
@@ -273,20 +293,11 @@ def blend(options: Options, outputs: Outputs, settings, data, rows, model, token
         seen = rows["seen"].to_list()
         return blend.collect(model, tokenizer, trie, texts, seen, baselines, data.catalog, count=options.num_beams)
 
-    headline = protocols.headline(data.train)
-    if options.blend_weight == ["auto"]:
-        flags = {"valid": "blend_valid_file"}
-        files = {"info_file": options.info_file, "valid": options.blend_valid_file}
-        valid = drawn(
-            load(**files, max_history=settings.max_history, flags=flags).valid, options.blend_rows, options.seed
-        )
-        weights = blend.choose_weights(candidates(valid)[headline], valid["target"].to_numpy())
-    else:
-        weights = tuple(map(float, options.blend_weight))
+    weights, chosen = blend_weights_of(options, settings, data, candidates)
     found, targets = candidates(rows), rows["target"].to_list()
-    ranks = {name: blend.ranked(each, weights, targets, data.catalog) for name, each in found.items()}
+    ranks = {name: blend.ranked(each, weights.of(each), targets, data.catalog) for name, each in found.items()}
     protocols.write_ranks(outputs.blend_ranks, ranks)
-    result = {"blend_path": options.blend_path, "weights": weights}
+    result = {"blend_path": options.blend_path} | chosen
     write_json(outputs.blend_metrics, result | protocols.report(ranks, rows, data.train, data.catalog, options.seed))
 
 
@@ -303,6 +314,10 @@ def show(outputs: Outputs) -> None:
         mixed = read_json(outputs.blend_metrics, "result_json_data")
         rows = {"all items, by item": mixed["item"], "unseen items, by item": mixed["unseen"]["item"]}
         print(f"blend with {', '.join(mixed['blend_path'])}, weights {mixed['weights']}")
+        if by_user := mixed.get("user_weights"):
+            bounds = [f" to {cut:.3f}" for cut in by_user["cuts"]] + [""]
+            parts = [f"{w}{bound}" for w, bound in zip(by_user["weights"], bounds, strict=True)]
+            print(f"weights by the largest probability of {by_user['confidence_of']}: {'; '.join(parts)}")
         print(format_table(rows, cutoffs))
     seen = metrics["seen"]
     if seen["looks_cut"]:
@@ -311,7 +326,7 @@ def show(outputs: Outputs) -> None:
 
 def main(options: Options) -> None:
     options.require("base_model", "test_data_path", "info_file", "result_json_data")
-    if options.blend_path and options.blend_weight == ["auto"]:
+    if options.blend_path and options.chooses_weights:
         options.require("blend_valid_file")
     outputs = Outputs.of(options.result_json_data)
     if outputs.predictions.is_dir():

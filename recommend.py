@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from minionerec.common import runs
 from minionerec.common.errors import UserError
-from minionerec.common.options import INPUT, RUNTIME, StageOptions, option, run
+from minionerec.common.options import INPUT, RUNTIME, StageOptions, is_number, option, run
 from minionerec.common.text import json_line, printable
 from minionerec.decoding.spaces import SPACES
 
@@ -62,7 +62,9 @@ class Options(StageOptions):
     blend_path: list[str] = option(
         [], "folders of sasrec.sh: rank by the weighted sum of the models' log-probabilities", role=INPUT
     )
-    blend_weight: list[float] = option([], "a weight for each, as evaluate.py chooses them; default: 1 each")
+    blend_weight: list[str] = option(
+        [], "a weight for each, or the .blend.metrics.json of evaluate.py, whose weights are used; default: 1 each"
+    )
     batch_size: int = option(8, "most users per forward", role=RUNTIME)
 
     def __post_init__(self):
@@ -72,12 +74,21 @@ class Options(StageOptions):
         self.check(
             space=(self.space in ("", *SPACES), " or ".join(SPACES)),
             blend_weight=(
-                len(self.blend_weight) in (0, len(self.blend_path)),
-                f"{len(self.blend_path)} numbers, or none",
+                not self.blend_weight
+                or bool(self.weights_file and self.blend_path)
+                or len(self.blend_weight) == len(self.blend_path)
+                and all(map(is_number, self.blend_weight)),
+                f"{len(self.blend_path)} numbers, one for each --blend_path, a .json file of evaluate.py, or nothing",
             ),
             num_beams=(not 0 < self.num_beams < self.K, f"at least --K {self.K}, or 0"),
             jsonl=(not (self.jsonl and self.history), "False with --history; with --jsonl give histories on stdin"),
         )
+
+    @property
+    def weights_file(self) -> str:
+        """The file that --blend_weight names, if it names one."""
+        [first, *others] = self.blend_weight or [""]
+        return first if first.endswith(".json") and not others else ""
 
 
 # ------------------------------------------------------------------------------------------------ finding items
@@ -150,6 +161,15 @@ def allowed_items(options: Options, titles: Titles) -> set[int] | None:
 # ------------------------------------------------------------------------------------------------ the model
 
 
+def weights_of(options: Options):
+    """The `UserWeights` of --blend_weight."""
+    from minionerec.evaluation.blend_weights import UserWeights, read_weights
+
+    if options.weights_file:
+        return read_weights(options.weights_file, "blend_weight", options.blend_path)
+    return UserWeights((tuple(map(float, options.blend_weight)) or (1.0,) * len(options.blend_path),))
+
+
 class Recommender:
     """A checkpoint and its catalog: histories in, lists of items out."""
 
@@ -171,6 +191,7 @@ class Recommender:
         self.allowed = allowed_items(options, self.titles)
         self.unseen = headline(data.train) == "unseen" if options.unseen is None else options.unseen
         self.prompts = Prompts(template_of(options.base_model, options.prompt_template), self.settings.category)
+        self.weights = weights_of(options) if options.blend_path else None
 
     @cached_property
     def loaded(self) -> tuple:
@@ -225,12 +246,9 @@ class Recommender:
         from minionerec.evaluation import blend
 
         options, count = self.options, self.options.num_beams or max(50, self.options.K)
-        weights = options.blend_weight or [1.0] * len(self.baselines)
-        arguments = (texts, histories, self.baselines, self.catalog)
-        found = blend.collect(*self.loaded, *arguments, count=count, hidden=[sorted(items) for items in hidden])[
-            "unseen"
-        ]
-        total = blend.blended(found, weights)
+        arguments = (*self.loaded, texts, histories, self.baselines, self.catalog)
+        found = blend.collect(*arguments, count=count, hidden=[sorted(items) for items in hidden])["unseen"]
+        total = blend.blended(found, self.weights.of(found))
         best = np.argsort(-total, axis=1, kind="stable")[:, : options.K]
         return [
             [

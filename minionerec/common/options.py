@@ -86,6 +86,14 @@ class StageOptions:
                 raise UserError(f"--{name} is required")
 
 
+def is_number(text: str) -> bool:
+    """Whether `text` is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 # ------------------------------------------------------------------------------------------------ parsing
 
 

@@ -4,13 +4,12 @@
 
 Candidates of a user are the items of the generative model's beams and the best items of each baseline. The generative
 scores of candidates that are in no beam are computed exactly (minionerec/decoding/scoring.py), so with lists as long as
-the catalog the blend ranks every item. Weights are chosen on valid rows. Adding the scores of two models with equal
-weights is EnsRec's blend (arXiv 2512.17820).
+the catalog the blend ranks every item. Weights are the same for all users or differ by user, and are chosen on valid rows
+(blend_weights.py). Adding the scores of two models with equal weights is EnsRec's blend (arXiv 2512.17820).
 
 Generative scores are those without exclusions, in space `catalog`; a seen item leaves the candidates of its user.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,10 +21,8 @@ from minionerec.catalog.catalog import Catalog
 from minionerec.catalog.trie import Trie
 from minionerec.decoding.beam_search import beam_search, left_pad, length_batches
 from minionerec.decoding.scoring import score_rows, sid_paths
-from minionerec.evaluation.metrics import MISSED, table
+from minionerec.evaluation.metrics import MISSED
 from minionerec.evaluation.protocols import TOP, Ranks
-
-WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)  # tried for each baseline
 
 
 class Candidates(NamedTuple):
@@ -33,6 +30,7 @@ class Candidates(NamedTuple):
 
     items: np.ndarray  # (users, candidates) item ids, -1 where there are no more
     scores: np.ndarray  # (users, candidates, models) nats, the generative model first; -inf where there are no more
+    confidence: np.ndarray  # (users, baselines) the largest probability that each baseline gives any item
 
 
 def top_rows(scores: np.ndarray, catalog: Catalog, count: int, excluded: Sequence[Sequence[int]] | None) -> np.ndarray:
@@ -86,7 +84,8 @@ def gather(
         shifted = values - values.max(axis=1, keepdims=True)
         parts.append(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
     taken = [np.take_along_axis(part, np.maximum(items, 0), axis=1) for part in parts]
-    return Candidates(items, np.where(items[..., None] >= 0, np.stack(taken, axis=-1), -np.inf))
+    confidence = np.exp([part.max(axis=1) for part in parts[1:]], dtype=np.float64).reshape(-1, len(rows)).T
+    return Candidates(items, np.where(items[..., None] >= 0, np.stack(taken, axis=-1), -np.inf), confidence)
 
 
 @torch.no_grad()
@@ -130,21 +129,24 @@ def collect(
         rows, scores = np.concatenate([rows, missing], axis=1), np.concatenate([scores, forced], axis=1)
         for name, excluded in (("all", None), ("unseen", out)):
             found = gather(rows, scores, others, catalog, excluded)
-            parts[name] |= {user: (found.items[i], found.scores[i]) for i, user in enumerate(batch)}
+            parts[name] |= {user: tuple(part[i] for part in found) for i, user in enumerate(batch)}
     return {name: _stacked(users) for name, users in parts.items()}
 
 
-def _stacked(users: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> Candidates:
+def _stacked(users: Mapping[int, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Candidates:
     """Candidates of single users as arrays, padded to the longest list."""
-    width, models = max(len(items) for items, _ in users.values()), next(iter(users.values()))[1].shape[-1]
+    width, models = max(len(items) for items, *_ in users.values()), next(iter(users.values()))[1].shape[-1]
     items = np.full((len(users), width), -1)
     scores = np.full((len(users), width, models), -np.inf)
-    for user, (own, values) in users.items():
+    confidence = np.zeros((len(users), models - 1))
+    for user, (own, values, confidence[user]) in users.items():
         items[user, : len(own)], scores[user, : len(own)] = own, values
-    return Candidates(items, scores)
+    return Candidates(items, scores, confidence)
 
 
-def ranked(candidates: Candidates, weights: Sequence[float], targets: Sequence[int], catalog: Catalog) -> Ranks:
+def ranked(
+    candidates: Candidates, weights: np.ndarray | Sequence[float], targets: Sequence[int], catalog: Catalog
+) -> Ranks:
     """Ranks of the targets by item and by SID (that of its best item), and the first items of each user."""
     targets = np.asarray(targets)
     total = blended(candidates, weights)
@@ -159,7 +161,7 @@ def ranked(candidates: Candidates, weights: Sequence[float], targets: Sequence[i
     return Ranks(ranks(candidates, weights, targets), np.where(hits.any(axis=1), before, MISSED), top)
 
 
-def ranks(candidates: Candidates, weights: Sequence[float], targets: np.ndarray) -> np.ndarray:
+def ranks(candidates: Candidates, weights: np.ndarray | Sequence[float], targets: np.ndarray) -> np.ndarray:
     """The rank of each target under the blend, `MISSED` where it is no candidate; ties rank by item id."""
     total = blended(candidates, weights)
     own = candidates.items == np.asarray(targets)[:, None]
@@ -169,15 +171,16 @@ def ranks(candidates: Candidates, weights: Sequence[float], targets: np.ndarray)
     return np.where(own.any(axis=1), rank, MISSED)
 
 
-def blended(candidates: Candidates, weights: Sequence[float]) -> np.ndarray:
-    """(users, candidates) blended scores; the generative model's weight is 1."""
+def blended(candidates: Candidates, weights: np.ndarray | Sequence[float]) -> np.ndarray:
+    """(users, candidates) blended scores; the generative model's weight is 1.
+
+    weights: one for each baseline, (baselines,), or for each user and baseline, (users, baselines).
+    """
     real = candidates.items >= 0
     parts = np.where(real[..., None], candidates.scores, 0.0)
-    return np.where(real, parts @ np.array([1.0, *weights]), -np.inf)
-
-
-def choose_weights(candidates: Candidates, targets: np.ndarray, metric: str = "NDCG@10") -> tuple[float, ...]:
-    """The weights with the best `metric` on validation rows; of equal ones the smallest."""
-    options = list(itertools.product(WEIGHTS, repeat=candidates.scores.shape[-1] - 1))
-    values = [table(ranks(candidates, weights, targets))[metric] for weights in options]
-    return options[int(np.argmax(values))]
+    n_baselines = parts.shape[2] - 1
+    weights = np.broadcast_to(np.asarray(weights, dtype=float), (len(parts), n_baselines))
+    total = parts[..., 0].copy()
+    for baseline in range(n_baselines):
+        total += weights[:, baseline, None] * parts[..., 1 + baseline]
+    return np.where(real, total, -np.inf)

@@ -1,8 +1,8 @@
 """The blend of a generative model and baselines beside brute force.
 
 Invariants: with lists as long as the catalog, ranks and first places are those of sorting every item by the weighted sum,
-under both protocols, for items that share a SID too; with shorter lists the candidates are the beams and the baselines'
-best items, each with its exact score; weights are the best ones on valid, of equal ones the smallest.
+under both protocols, for items that share a SID too and for weights that differ by user; with shorter lists the candidates
+are the beams and the baselines' best items, each with its exact score.
 """
 
 import copy
@@ -22,8 +22,9 @@ from minionerec.baselines.models import load_checkpoint
 from minionerec.catalog.catalog import Catalog
 from minionerec.decoding.beam_search import beam_search
 from minionerec.evaluation import blend
-from minionerec.evaluation.blend import Candidates, choose_weights, gather, missing_rows, ranked, ranks, top_rows
-from minionerec.evaluation.metrics import MISSED, table
+from minionerec.evaluation.blend import Candidates, gather, missing_rows, ranked, ranks, top_rows
+from minionerec.evaluation.blend_weights import UserWeights
+from minionerec.evaluation.metrics import MISSED
 
 N_ITEMS, USERS = 24, 7
 PROTOCOLS = ("all", "unseen")
@@ -95,14 +96,25 @@ def place(listed, wanted) -> int:
 # ------------------------------------------------------------------------------------------------ brute force
 
 
-@pytest.mark.parametrize("weights", [(0.0,), (0.7,), (1.0, 0.4)])
+BINS = ((0.2, 3.0), (1.5, 0.0), (0.0, 0.7))  # weights of two baselines, by how sure the second one is
+
+
+@pytest.mark.parametrize("weights", [(0.0,), (0.7,), (1.0, 0.4), BINS])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_whole_lists_rank_as_brute_force(setting, weights, protocol):
-    baselines = [Fixed(1), Fixed(2, scale=5.0)][: len(weights)]
+    baselines = [Fixed(1), Fixed(2, scale=5.0)][: 2 if weights is BINS else len(weights)]
     found = collect(setting, baselines, count=N_ITEMS)[protocol]
+    parts = [log_softmax(baseline, setting.seen) for baseline in baselines]
+    by_user = [weights] * USERS
+    if weights is BINS:
+        sure = np.exp(parts[1].max(axis=1))
+        low, high = np.sort(sure)[[1, 4]] + 1e-5
+        by_user = [BINS[0 if p <= low else 1 if p <= high else 2] for p in sure]
+        weights = UserWeights(BINS, (low, high), baseline=1).of(found)
+        assert [by_user.count(each) for each in BINS] == [2, 3, 2]
     total = setting.generative.copy()
-    for weight, baseline in zip(weights, baselines, strict=True):
-        total += weight * log_softmax(baseline, setting.seen)
+    for row, own in enumerate(by_user):
+        total[row] += sum(weight * part[row] for weight, part in zip(own, parts, strict=True))
     total = total.round(3)  # items that share a SID may tie exactly, others do not
     result = ranked(found, weights, setting.targets, setting.catalog)
     sid_of_item = setting.catalog.sid_of_item
@@ -119,7 +131,7 @@ def test_whole_lists_rank_as_brute_force(setting, weights, protocol):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_scores_of_whole_lists_are_each_models(setting, protocol):
     baselines = [Fixed(1), Fixed(2)]
-    items, scores = collect(setting, baselines, count=N_ITEMS)[protocol]
+    items, scores, confidence = collect(setting, baselines, count=N_ITEMS)[protocol]
     parts = [setting.generative, *(log_softmax(baseline, setting.seen) for baseline in baselines)]
     for row, seen in enumerate(setting.seen):
         kept = sorted(set(range(N_ITEMS)) - set(seen if protocol == "unseen" else []))
@@ -127,6 +139,8 @@ def test_scores_of_whole_lists_are_each_models(setting, protocol):
         for place, part in enumerate(parts):
             np.testing.assert_allclose(scores[row, : len(kept), place], part[row, kept], atol=1e-3)
         assert (scores[row, len(kept) :] == -np.inf).all()
+        largest = [np.exp(part[row].max()) for part in parts[1:]]  # seen items included, under both protocols
+        np.testing.assert_allclose(confidence[row], largest, rtol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -168,7 +182,7 @@ def test_counted_baselines(setting, tmp_path):
     for name in counts.MODELS:
         counts.save(tmp_path / name, name, rows, N_ITEMS)
         baselines.append(load_checkpoint(tmp_path / name, "blend_path", N_ITEMS))
-    items, scores = collect(setting, baselines, count=N_ITEMS)["all"]
+    items, scores, _ = collect(setting, baselines, count=N_ITEMS)["all"]
     for part, baseline in enumerate(baselines, start=1):
         expected = baseline.scores(setting.seen).numpy()
         np.testing.assert_allclose(np.exp(expected).sum(axis=1), 1.0)
@@ -213,43 +227,11 @@ def test_items_of_an_empty_list():
     assert result.top[:, :2].tolist() == [[-1, -1], [2, -1]]
 
 
-# ------------------------------------------------------------------------------------------------ weights
-
-
-def candidates(*parts: np.ndarray) -> Candidates:
-    users, n = parts[0].shape
-    return Candidates(np.tile(np.arange(n), (users, 1)), np.stack(parts, axis=-1))
-
-
-def test_weights_are_the_best_ones_on_valid():
-    rng = np.random.default_rng(0)
-    targets = rng.integers(30, size=400)
-    signal = [rng.normal(size=(400, 30)) for _ in range(3)]
-    for part, strength in zip(signal, (1.0, 2.0, 0.3), strict=True):
-        part[np.arange(400), targets] += strength
-    found = candidates(*signal)
-    chosen = choose_weights(found, targets)
-    values = {
-        weights: table(ranks(found, weights, targets))["NDCG@10"]
-        for weights in itertools.product(blend.WEIGHTS, repeat=2)
-    }
-    assert values[chosen] == max(values.values()) and chosen[0] > chosen[1]
-    assert choose_weights(found, targets, "HR@1") == max(
-        values, key=lambda weights: table(ranks(found, weights, targets))["HR@1"]
-    )
-
-
-def test_of_equal_weights_the_smallest_are_taken():
-    """A baseline that says nothing gets no weight; a perfect one needs only some."""
-    rng = np.random.default_rng(0)
-    targets, generative = rng.integers(20, size=50), rng.normal(size=(50, 20))
-    assert choose_weights(candidates(generative, np.zeros((50, 20))), targets) == (0.0,)
-    perfect = np.full((50, 20), -100.0)
-    perfect[np.arange(50), targets] = 0.0
-    assert choose_weights(candidates(generative, perfect), targets) == (0.25,)
+# ------------------------------------------------------------------------------------------------ ties
 
 
 def test_ties_rank_by_item():
-    found = candidates(np.zeros((4, 4)))
+    items, catalog = np.tile(np.arange(4), (4, 1)), Catalog([f"<a_{i}>" for i in range(4)])
+    found = Candidates(items, np.zeros((4, 4, 1)), np.zeros((4, 0)))
     assert ranks(found, (), np.arange(4)).tolist() == [0, 1, 2, 3]
-    assert ranked(found, (), [0, 1, 2, 3], Catalog([f"<a_{i}>" for i in range(4)])).item.tolist() == [0, 1, 2, 3]
+    assert ranked(found, (), [0, 1, 2, 3], catalog).item.tolist() == [0, 1, 2, 3]
