@@ -143,7 +143,10 @@ def test_a_gain_within_its_standard_error_gives_auto(monkeypatch, errors, groups
     found, targets = planted(0, 1000, helps_the_sure=True)
     noise = np.tile([1.0, -1.0], 500)
     gains = noise + errors / np.sqrt(1000)  # a standard deviation of 1
-    monkeypatch.setattr(blend_weights, "_held_out_gains", lambda *_: gains)
+    lower = np.zeros(1000)  # of the baseline that is equally sure of all
+    monkeypatch.setattr(
+        blend_weights, "_held_out_gains", lambda _, confidence, *__: gains if np.ptp(confidence) else lower
+    )
     chosen = choose_user_weights(found, targets, seed=0)
     assert len(chosen.user_weights.weights) == len(chosen.selection["rows"]) == groups
     assert chosen.selection["gain"] == pytest.approx([errors / np.sqrt(1000), 1 / np.sqrt(1000)])
