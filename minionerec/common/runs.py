@@ -43,7 +43,18 @@ from minionerec.common.options import INPUT, SETTING, role_of
 
 ROOT = Path(__file__).parents[2]
 RECORD = "run.json"
-PACKAGES = ("torch", "transformers", "sentence-transformers", "trl", "accelerate", "peft", "deepspeed", "polars", "numpy", "faiss-cpu")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "deepspeed",
+    "polars",
+    "numpy",
+    "faiss-cpu",
+)
 # What a folder's digest covers: models, tokenizers, templates, tables. Records, figures and logs are left out.
 DIGESTED = {".json", ".safetensors", ".bin", ".model", ".txt", ".yaml", ".npz", ".npy", ".gguf", ".csv", ".jinja"}
 NOT_DIGESTED = {RECORD, "metrics.json", "trainer_state.json", "training_args.bin", "result.json", "log.jsonl"}
