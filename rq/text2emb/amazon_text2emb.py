@@ -28,7 +28,7 @@ from rq.options import DEVICE_HELP
 
 POOLING = ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
 DTYPES = ("float32", "bfloat16", "float16")
-CPU_TOKENS, GPU_TOKENS = 4096, 65536
+CPU_TOKENS, GPU_TOKENS = 1024, 65536
 FIELDS = ("title", "description", "brand", "categories")
 _TAG = re.compile(r"</?[a-zA-Z][^>]*>")
 

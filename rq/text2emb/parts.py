@@ -23,7 +23,7 @@ from minionerec.common.errors import UserError
 from minionerec.common.files import write_json
 from minionerec.common.processes import on_main_process
 
-SMALLEST_PART, LARGEST_PART, PARTS = 128, 4096, 64  # texts, texts, parts where neither limit applies
+SMALLEST_PART, LARGEST_PART, PARTS = 512, 4096, 64  # texts, texts, parts where neither limit applies
 
 
 def part_size(n_texts: int) -> int:
