@@ -8,7 +8,6 @@ no start after a kill is refused. Each stage is killed 20 times. A table of the 
 
 import json
 import random
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +66,8 @@ def preprocess(made, out, world, base):
 
 def text2emb(made, out, world, base):
     out.mkdir(exist_ok=True)
-    if not (out / "toy.item.json").exists():
-        shutil.copy(world.items, out / "toy.item.json")
+    items = {str(i): {"title": f"Item number {i}"} for i in range(2000)}  # 4 parts
+    (out / "toy.item.json").write_text(json.dumps(items))
     options = {"dataset": "toy", "root": str(out), "plm_name": "x", "plm_checkpoint": str(made / "encoder")}
     return "rq.text2emb.amazon_text2emb", options | {"device": "cpu", "batch_size": 4}, ["*.npy"]
 

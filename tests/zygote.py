@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ["torch", "polars", "scipy.sparse", "sklearn.cluster", "faiss", "matplotlib.pyplot", "transformers", "peft"]
-HEAVY += ["trl", "accelerate", "k_means_constrained", "safetensors.torch", "tokenizers"]
+HEAVY += ["trl", "accelerate", "k_means_constrained", "safetensors.torch", "tokenizers", "sentence_transformers"]
 HEAVY += ["transformers.models.qwen2.modeling_qwen2", "transformers.models.bert.modeling_bert"]
 
 
