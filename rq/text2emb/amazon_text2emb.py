@@ -126,12 +126,15 @@ def join_processes(device: str):
     """This process among those of the launch, as an `accelerate.PartialState`; None if it is the only one."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
+    from datetime import timedelta
+
     import torch
     from accelerate import PartialState
 
     if device and device not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: several processes use one GPU each; leave it out")
-    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    timeout = timedelta(hours=2)  # a process waits while others embed a part of long texts
+    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timeout)
 
 
 def load_encoder(o: Options, process):
