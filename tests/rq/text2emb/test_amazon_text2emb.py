@@ -185,7 +185,6 @@ def test_bad_options_are_one_line(items, encoder):
         (["--pooling", "middle"], "--pooling middle: expected mean or cls"),
         (["--dtype", "int8"], "--dtype int8: expected float32 or bfloat16 or float16"),
         (["--prompt", "a", "--prompt_name", "b"], "--prompt_name b: expected nothing, because --prompt is given"),
-        (["--prompt_name", "b"], "has the prompts document, query"),
         (["--word_drop_ratio", "1"], "--word_drop_ratio 1.0: expected below 1"),
         (["--word_drop_ratio", "nan"], "--word_drop_ratio nan: expected a finite number"),
         (["--seed", "-1"], "--seed -1: expected 0 to"),
