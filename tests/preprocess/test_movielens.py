@@ -1,7 +1,7 @@
 """MovieLens-100K.
 
-Invariants: order by time, ties in file order, leave-one-out; items that nobody rated and users with fewer than 3 ratings
-are left out; what is wrong with a source file is one line, and nothing is written.
+Invariants: order by time, ties in file order, leave-one-out; films that nobody rated are left out, users with fewer than 3
+ratings have no sample; every layout gives the same files; what is wrong with a source is one line, and nothing is written.
 """
 
 import json
@@ -32,8 +32,8 @@ def test_by_hand(tmp_path):
         split: sorted((tmp_path / "out" / f"ml-100k.{split}.inter").read_text().splitlines()[1:])
         for split in ("train", "valid", "test")
     }
-    # user 1: 30, 10, 20, 40 by time; user 2: 10, 20, 30; user 3 has one rating; ids are 0..3 for films 10..40
-    assert inter == {"train": ["1\t2\t0"], "valid": ["1\t2 0\t1", "2\t0\t1"], "test": ["1\t2 0 1\t3", "2\t0 1\t2"]}
+    # user 1: 30, 10, 20, 40 by time; user 2: 10, 20, 30; user 3 has one rating; ids are 0..3 for films 10..40 and 0..2 for the users
+    assert inter == {"train": ["0\t2\t0"], "valid": ["0\t2 0\t1", "1\t0\t1"], "test": ["0\t2 0 1\t3", "1\t0 1\t2"]}
     items = json.loads((tmp_path / "out" / "ml-100k.item.json").read_text())
     assert len(items) == 4 and items["0"]["title"] == "Film 10 (1991)" and items["0"]["categories"] == "Drama, War"
 
@@ -63,24 +63,22 @@ def film(line: str) -> dict:
 
 
 BAD = {
-    "no ratings": ({"ratings": RATINGS.encode()}, "none of 0 users has 3 interactions"),
+    "no ratings": ({"ratings": RATINGS.encode()}, "read: no interaction is left"),
     "an empty file": ({"ratings": b""}, "ml-100k.inter: the file is empty"),
     "no time column": ({"ratings": b"user_id:token\titem_id:token\n1\t10\n"}, "no column 'timestamp', found"),
-    "no class column": ({"films": b"item_id:token\tmovie_title:token_seq\trelease_year:token\n"}, "no column 'class'"),
-    "no year column": (
-        {"films": b"item_id:token\tmovie_title:token_seq\tclass:token_seq\n"},
-        "no column 'release_year'",
+    "no item column": ({"films": b"movie_id:token\tmovie_title:token_seq\n1\tx\n"}, "no column 'item_id', found"),
+    "no title column": (
+        {"films": b"item_id:token\tclass:token_seq\n1\tx\n"},
+        "no column of titles, found ['item_id', ",
     ),
     "a time that is none": (rating("1\t20\t5\tnoon\n"), "row 3, column timestamp: found 'noon'"),
     "an endless time": (rating("1\t20\t5\tinf\n"), "row 3, column timestamp: found 'inf'"),
     "no time": (rating("1\t20\t5\t\n"), "row 3, column timestamp: found ''"),
-    "no user": (rating("\t20\t5\t1\n"), "row 3, column user_id: found ''"),
-    "a row too short": (rating("1\t20\n"), "row 3: found 2 cells, expected 4"),
+    "no user": (rating("\t20\t5\t1\n"), "row 3, column user_id: found '', expected an id"),
+    "a row too short": (rating("1\t20\n"), "row 3, column timestamp: found ''"),
     "latin-1": ({"films": FILMS.encode() + "10\tCité\t\t\n".encode("latin-1")}, "line 2: found the byte 0xe9"),
     "an item twice": (film("20\tA\t\t\n10\tB\t\t\n"), "row 4, column item_id: found '10', expected each item once"),
-    "an item that is no number": (film("x\tA\t\t\n"), "row 3, column item_id: found 'x', expected an integer"),
-    "no title": (film("20\t\t\t\n"), "row 3, column movie_title: found ''"),
-    "unknown items": (film("20\tA\t\t\n"), "3 ratings of items that ml-100k.item lacks, the first of item 30"),
+    "unknown items": (film("20\tA\t\t\n"), "3 interactions are of items without a title, the first of item 30"),
 }
 
 
