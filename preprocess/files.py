@@ -87,6 +87,8 @@ def scan_delimited(path: Path, flag: str, separator: str, quote_char: str | None
         found = lazy.collect_schema().names()
     except pl.exceptions.PolarsError as error:
         raise UserError(f"{path}: {_reason(path, separator, quote_char, error)}") from None
+    if twice := [name for name in found if f"{name}_duplicated_0" in found]:
+        raise UserError(f"{path}: column {twice[0]!r} is there twice; remove one")
     return lazy if header else lazy.rename({name: name.split(":")[0].strip("\ufeff") for name in found})
 
 
@@ -132,9 +134,12 @@ def require_columns(lazy: pl.LazyFrame, columns: Columns, path: Path, flag: str)
 
 def usable(lazy: pl.LazyFrame, columns: Columns, faults: Faults, cell, unit: str, earliest: int = 0):
     """(log, unit): the usable rows of a lazy frame; the others are added to `faults`, `cell(row, column)` names one."""
-    table = lazy.select(*_expressions(lazy, columns, unit)).collect(engine="streaming")
+    # Polars notices a row with a cell too many only where all columns are read.
+    blank = pl.all_horizontal(pl.all().is_null()).alias("blank")
+    table = lazy.select(*_expressions(lazy, columns, unit), blank).collect(engine="streaming")
+    blank = table["blank"]
+    table = table.drop("blank")
     unit = "us" if unit == "date" else unit
-    blank = table["user"].is_null() & table["item"].is_null() & table["time"].is_null()
     faults.records += len(table) - int(blank.sum())
     if not columns.time:
         unit = ""
