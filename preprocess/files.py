@@ -9,7 +9,7 @@ import csv
 import gzip
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,8 +56,11 @@ def open_binary(path: Path):
     return gzip.open(path, "rb") if packed else open(path, "rb")
 
 
-def lines(path: Path, flag: str, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """(number, line without its end) of every line that is not blank. Raises `UserError` naming a line of other bytes."""
+def lines(path: Path, flag: str, encoding: str = "utf-8", errors: str = "strict") -> Iterator[tuple[int, str]]:
+    """(number, line without its end) of every line that is not blank.
+
+    errors: what other bytes become, as in `bytes.decode`; "strict" raises a `UserError` that names the line.
+    """
     with open_binary(require_text(path, flag)) as f:
         number = 0
         try:
@@ -65,7 +68,7 @@ def lines(path: Path, flag: str, encoding: str = "utf-8") -> Iterator[tuple[int,
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
-                    yield number, line.decode(encoding).rstrip("\r\n")
+                    yield number, line.decode(encoding, errors).rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{path}, line {number}: found the byte 0x{error.object[error.start]:02x}, which is not UTF-8 there; "
@@ -119,7 +122,7 @@ def read_log(
         return f"{path}, row {row + first}, column {name}: found {found[:60]!r}"
 
     try:
-        return usable(lazy, columns, faults, cell, unit, earliest)
+        return usable(lazy, columns, faults, cell, unit, earliest, _all_null())
     except pl.exceptions.PolarsError as error:
         raise UserError(f"{path}, {_reason(path, separator, quote_char, error)}; repair it or check --{flag}") from None
 
@@ -132,11 +135,27 @@ def require_columns(lazy: pl.LazyFrame, columns: Columns, path: Path, flag: str)
             raise UserError(f"{path}: no column {name!r}, found {found[:20]}; check --{flag}")
 
 
-def usable(lazy: pl.LazyFrame, columns: Columns, faults: Faults, cell, unit: str, earliest: int = 0):
-    """(log, unit): the usable rows of a lazy frame; the others are added to `faults`, `cell(row, column)` names one."""
-    # Polars notices a row with a cell too many only where all columns are read.
-    blank = pl.all_horizontal(pl.all().is_null()).alias("blank")
-    table = lazy.select(*_expressions(lazy, columns, unit), blank).collect(engine="streaming")
+def _all_null() -> pl.Expr:
+    """Blank lines. Polars notices a row with a cell too many only where all columns are read, as here."""
+    return pl.all_horizontal(pl.all().is_null())
+
+
+def usable(
+    lazy: pl.LazyFrame,
+    columns: Columns,
+    faults: Faults,
+    cell: Callable[[int, str], str],
+    unit: str,
+    earliest: int = 0,
+    blank: pl.Expr | None = None,
+) -> tuple[pl.DataFrame, str]:
+    """(log, unit of its times): the usable rows of a lazy frame; the others are added to `faults`.
+
+    cell(row, column) says where a cell is and what it holds. blank: rows that are no records.
+    """
+    blank = pl.lit(False) if blank is None else blank
+    chosen = _expressions(lazy, columns, unit)
+    table = lazy.select(*chosen, blank=blank).collect(engine="streaming")
     blank = table["blank"]
     table = table.drop("blank")
     unit = "us" if unit == "date" else unit
