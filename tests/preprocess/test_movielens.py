@@ -4,6 +4,7 @@ Invariants: order by time, ties in file order, leave-one-out; films that nobody 
 ratings have no sample; every layout gives the same files; what is wrong with a source is one line, and nothing is written.
 """
 
+import importlib.util
 import json
 
 import pytest
@@ -52,6 +53,109 @@ def test_films_without_year_or_class(tmp_path):
     main(write(tmp_path, films=films.encode()))
     items = json.loads((tmp_path / "out" / "ml-100k.item.json").read_text())
     assert items["3"] == {"title": "Film 40", "description": "", "brand": "", "categories": ""}
+
+
+# ------------------------------------------------------------------------------------------------ releases
+
+TITLES = {10: 'Amélie: the "film", 2nd (2001)', 20: "Plain (1999)", 30: "Se7en (1995)", 40: "|Bars (1990)", 50: "X"}
+GENRES = {10: "Comedy|Romance", 20: "Drama", 30: "(no genres listed)", 40: "Drama|War", 50: "War"}
+
+
+def write_100k(folder):
+    names = ["unknown", "Comedy", "Drama", "Romance", "War"]
+    (folder / "u.genre").write_text("".join(f"{name}|{i}\n" for i, name in enumerate(names)) + "\n")
+    (folder / "u.data").write_text("".join(f"{user}\t{film}\t4\t{time}\n" for user, film, time in ROWS))
+    lines = []
+    for film, title in TITLES.items():
+        flags = [str(int(name in GENRES[film].split("|"))) for name in names]
+        lines.append("|".join([str(film), title.replace("|", "/"), "01-Jan-1995", "", "http://x", *flags]))
+    (folder / "u.item").write_bytes("\n".join(lines).encode("latin-1"))
+
+
+def write_dat(folder, encoding):
+    (folder / "ratings.dat").write_text("".join(f"{user}::{film}::4::{time}\n" for user, film, time in ROWS))
+    lines = [f"{film}::{title.replace('|', '/')}::{GENRES[film]}\n" for film, title in TITLES.items()]
+    (folder / "movies.dat").write_bytes("".join(lines).encode(encoding))
+
+
+def write_csv(folder):
+    rows = "".join(f"{user},{film},4.0,{time}\n" for user, film, time in ROWS)
+    (folder / "ratings.csv").write_text("userId,movieId,rating,timestamp\n" + rows)
+    lines = [
+        f'{film},"{title.replace("|", "/").replace(chr(34), chr(34) * 2)}",{GENRES[film]}\n'
+        for film, title in TITLES.items()
+    ]
+    (folder / "movies.csv").write_text("movieId,title,genres\n" + "".join(lines), encoding="utf-8")
+
+
+LAYOUTS = {
+    "100K": write_100k,
+    "1M": lambda folder: write_dat(folder, "latin-1"),
+    "10M": lambda folder: write_dat(folder, "utf-8"),
+    "32M": write_csv,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(tmp_path, layout):
+    folder = tmp_path / "ml-x"
+    folder.mkdir()
+    LAYOUTS[layout](folder)
+    main(Options(output_dir=str(tmp_path / "out"), input_dir=str(folder)))
+    assert (tmp_path / "out" / "ml-x.test.inter").read_text().splitlines()[1:] == ["1\t0 1\t2", "0\t2 0 1\t3"]
+    items = list(json.loads((tmp_path / "out" / "ml-x.item.json").read_text()).values())
+    assert [item["title"] for item in items] == [
+        'Amélie: the "film", 2nd (2001)', "Plain (1999)", "Se7en (1995)", "/Bars (1990)",
+    ]  # fmt: skip
+    assert [item["categories"] for item in items] == ["Comedy, Romance", "Drama", "", "Drama, War"]
+    main(Options(output_dir=str(tmp_path / "high"), input_dir=str(folder), min_rating=4, dataset_name="high"))
+    assert (tmp_path / "high" / "high.item.json").exists()
+
+
+@pytest.mark.parametrize(
+    "layout, file, line, found",
+    [
+        ("100K", "u.data", "9\t10\tx\t5\n", "u.data, row 9, column rating: found 'x', expected a number"),
+        ("100K", "u.item", "\n60|A|B\n", "u.item, line 6: found 3 cells, expected 10"),
+        ("100K", "u.data", "9\t60\t4\t5\n", "1 interactions are of items without a title, the first of item 60"),
+        (
+            "1M",
+            "ratings.dat",
+            "9::10::4::-3\n",
+            "ratings.dat, row 9, column time: found '-3', expected a time stamp in s",
+        ),
+        ("1M", "ratings.dat", "9::10::4::5::6\n", "ratings.dat, row 9: found 9 cells, expected 7"),
+        ("1M", "movies.dat", "60:A:B\n", "movies.dat, line 6: found '60:A:B', expected film::title::genres"),
+        ("1M", "movies.dat", "10::A::War\n", "movies.dat: film 10 is there twice"),
+        ("32M", "movies.csv", "10,A,War\n", "movies.csv: film 10 is there twice"),
+        ("32M", "movies.csv", "60,A\n", "movies.csv, row 7: found 2 cells, expected 3"),
+        ("32M", "ratings.csv", "9,10,4.0\n", "ratings.csv, row 10, column timestamp: found ''"),
+    ],
+)
+def test_broken_releases(tmp_path, layout, file, line, found):
+    LAYOUTS[layout](tmp_path)
+    with open(tmp_path / file, "a") as f:
+        f.write(line)
+    with pytest.raises(UserError) as refused:
+        main(Options(output_dir=str(tmp_path / "out"), input_dir=str(tmp_path)))
+    assert found in str(refused.value)
+
+
+def test_a_release_without_films(tmp_path):
+    (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n")
+    with pytest.raises(UserError, match="movies.csv: no such file"):
+        main(Options(output_dir=str(tmp_path / "out"), input_dir=str(tmp_path)))
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("recbole"), reason="needs the recbole wheel")
+def test_the_wheel_has_the_published_statistics(tmp_path):
+    main(Options(output_dir=str(tmp_path)))
+    stats = json.loads((tmp_path / "ml-100k.stats.json").read_text())
+    assert (stats["users"], stats["items"], stats["interactions"]) == (943, 1_682, 100_000)
+    assert stats["split"]["samples"] == {"train": 97_171, "valid": 943, "test": 943}
+
+
+# ------------------------------------------------------------------------------------------------ what is wrong
 
 
 def rating(line: str) -> dict:
