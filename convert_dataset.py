@@ -117,7 +117,7 @@ def to_csv_rows(rows, items):
 
     length = rows["history"].list.len().to_numpy()
     flat = rows["history"].explode(empty_as_null=False)
-    offsets = pa.array(np.concatenate([[0], length.cumsum()]), pa.int64())
+    offsets = pl.Series(np.concatenate([[0], length.cumsum(dtype=np.int64)])).to_arrow()
 
     def lists(column: str) -> pl.Series:
         texts = items[column].gather(flat).to_arrow().cast(pa.large_string())

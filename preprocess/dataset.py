@@ -332,7 +332,7 @@ def _write_items(path: Path, texts: pl.DataFrame) -> None:
         f.write("{\n")
         for number, row in enumerate(texts.select(TEXTS).iter_rows(named=True)):
             end = ",\n" if number < len(texts) - 1 else "\n"
-            f.write(f'"{number}": {json.dumps(row, ensure_ascii=False, indent=2)}{end}')
+            f.write(f'"{number}": {json.dumps(row, ensure_ascii=False)}{end}')
         f.write("}\n")
 
 

@@ -90,7 +90,7 @@ def cleaned(texts):
 
     from preprocess.dataset import TEXTS, clean
 
-    columns = {name: [clean(text or "") for text in texts[name].cast(pl.String)] for name in TEXTS}
+    columns = {name: [clean(text) if text else "" for text in texts[name].cast(pl.String)] for name in TEXTS}
     return texts.with_columns(pl.Series(name, values, dtype=pl.String) for name, values in columns.items())
 
 

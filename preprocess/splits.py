@@ -174,7 +174,7 @@ def _histories(item: np.ndarray, begin: np.ndarray, length: np.ndarray) -> pa.Ar
     """item[begin[i] : begin[i] + length[i]] of every i, as one array of lists."""
     offsets = np.concatenate([[0], np.cumsum(length)])
     index = np.repeat(begin - offsets[:-1], length) + np.arange(offsets[-1])
-    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(item[index]))
+    return pa.LargeListArray.from_arrays(pl.Series(offsets).to_arrow(), pl.Series(item[index]).to_arrow())
 
 
 def write_inter(path: str | Path, log: Sequences, places: np.ndarray, max_history: int = 0) -> None:
