@@ -225,8 +225,10 @@ def test_help_and_a_finished_stage_import_neither_torch_nor_polars():
 
 
 def test_the_example_of_the_documentation(tmp_path):
-    """The files that the Python block of docs/data.md writes are converted."""
-    [block] = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.M | re.S)
+    """The files that the last Python block of docs/data.md writes are converted."""
+    *_, block = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.M | re.S
+    )
     subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True)
     folder = tmp_path / "output" / "mine"
     (folder / "mine.index.json").write_text(json.dumps({str(i): [f"<a_{i}>"] for i in range(3)}))
