@@ -18,6 +18,7 @@ import ast
 import io
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,8 @@ def parse(line: str, literal: bool) -> dict | None:
         if not literal:
             return None
         try:
-            record = ast.literal_eval(line.strip())
+            with warnings.catch_warnings(action="ignore"):
+                record = ast.literal_eval(line.strip())
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             return None
     return record if isinstance(record, dict) else None

@@ -88,7 +88,7 @@ def scan_delimited(path: Path, flag: str, separator: str, quote_char: str | None
     lazy = pl.scan_csv(path, separator=separator, quote_char=quote_char, infer_schema=False, glob=False, **names)
     try:
         found = lazy.collect_schema().names()
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(f"{path}: {_reason(path, separator, quote_char, error)}") from None
     if twice := [name for name in found if f"{name}_duplicated_0" in found]:
         raise UserError(f"{path}: column {twice[0]!r} is there twice; remove one")
@@ -123,7 +123,7 @@ def read_log(
 
     try:
         return usable(lazy, columns, faults, cell, unit, earliest, _all_null())
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(f"{path}, {_reason(path, separator, quote_char, error)}; repair it or check --{flag}") from None
 
 

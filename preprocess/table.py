@@ -80,7 +80,7 @@ def read_interactions(options: Options, faults):
         if unit == "date" and not temporal and lazy.collect_schema()[time] != pl.String:
             raise UserError(f"{path}: column {time!r} holds numbers, not dates; give another --time_unit")
         return usable(lazy, columns, faults, cell, "us" if temporal else unit, 0 if temporal else earliest)
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(f"{path}: not readable as parquet ({str(error).splitlines()[0]}); write it again") from None
 
 
@@ -94,7 +94,7 @@ def read_items(options: Options):
     if is_parquet(path):
         try:
             table = pl.read_parquet(path, glob=False).with_row_index(ROW, offset=1)
-        except pl.exceptions.PolarsError as error:
+        except (pl.exceptions.PolarsError, OSError) as error:
             raise UserError(f"{path}: not readable as parquet ({str(error).splitlines()[0]})") from None
         joined = [name for name, kind in table.schema.items() if kind == pl.List(pl.String)]
         table = table.with_columns(pl.col(joined).list.join(", ")).cast(pl.String, strict=False)

@@ -11,6 +11,7 @@ import ast
 import csv
 import io
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -303,7 +304,8 @@ def _collapsed(texts: pl.Series) -> pl.Series:
 def _titles(cell: str | None) -> list[str] | None:
     """The titles in a list literal; None where it is none."""
     try:
-        titles = ast.literal_eval(cell or "[]")
+        with warnings.catch_warnings(action="ignore"):
+            titles = ast.literal_eval(cell or "[]")
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None
     return [" ".join(str(title).split()) for title in titles] if isinstance(titles, list | tuple) else None

@@ -143,6 +143,7 @@ BAD = {
     "an open quote": (GOOD + 'a,"b,1\n', {}, "t.csv, row 8"),
     "half a parquet file": (b"PAR1xxxx", {}, "not readable as parquet"),
     "no ratings": (GOOD, {"min_rating": 3.0}, "t.csv: no column 'rating'"),
+    "what looks like zlib": (b"x\x01,item_id,timestamp\n", {}, "t.csv: the table cannot be read"),
     "a column twice": ("user_id,item_id,timestamp,timestamp\na,b,1,2\n", {}, "t.csv"),
 }  # fmt: skip
 
