@@ -82,19 +82,19 @@ def write_index(folder: Path) -> int:
     return items
 
 
-def timed(*command) -> tuple[float, float]:
-    """(seconds, largest resident set of any child so far in GiB) of a command."""
+def timed(*command) -> tuple[float, float, float]:
+    """(seconds, seconds of CPU, largest resident set of any child so far in GiB) of a command."""
     environment = os.environ | {"MINIONEREC_VARIABLES": ""}
-    started = time.perf_counter()
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     seconds = time.perf_counter() - started
     if done.returncode:
         raise UserError(f"{command[0]}: {(done.stderr.splitlines() or ['failed'])[-1]}")
-    return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** (
-        30 if sys.platform == "darwin" else 20
-    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = sum(getattr(after, name) - getattr(before, name) for name in ("ru_utime", "ru_stime"))
+    return seconds, used, after.ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 def main(options: Options) -> None:
@@ -111,13 +111,12 @@ def main(options: Options) -> None:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     left = ", ".join(f"{statistics[name]:,} {name}" for name in ("users", "items", "interactions"))
     print(f"{options.interactions:,} interactions, after the 5-core {left}; {size / 2**30:.1f} GiB of files")
-    for stage, (seconds, gib) in results.items():
-        print(f"{stage:12}{seconds:8.1f} s{gib:8.2f} GiB")
-    total, peak = sum(seconds for seconds, _ in results.values()), max(gib for _, gib in results.values())
+    for stage, (seconds, used, gib) in results.items():
+        print(f"{stage:12}{seconds:8.1f} s{used:8.1f} s of CPU{gib:8.2f} GiB")
+    seconds, used, peaks = zip(*results.values(), strict=True)
     if options.json:
-        print(
-            json.dumps({"seconds": round(total, 1), "gib": round(peak, 2), "interactions": statistics["interactions"]})
-        )
+        figures = {"seconds": round(sum(seconds), 1), "gib": round(max(peaks), 2), "cpu_seconds": round(sum(used), 1)}
+        print(json.dumps(figures | {"interactions": statistics["interactions"]}))
 
 
 if __name__ == "__main__":
