@@ -1,7 +1,7 @@
 """Stage 3: `.inter` samples, item texts and SIDs to the published layout that every later stage reads.
 
     DATASET_NAME=ml-100k DATA_DIR=output/quickstart/raw OUTPUT_DIR=output/quickstart/raw bash convert_dataset.sh
-    TO=inter DATASET_NAME=shop CSV_DIR=published/shop OUTPUT_DIR=output/shop bash convert_dataset.sh
+    TO_INTER=True DATASET_NAME=shop CSV_DIR=published/shop OUTPUT_DIR=output/shop bash convert_dataset.sh
 
 Reads `<D>.item.json`, `<D>.index.json`, `<D>.{train,valid,test}.inter` from `data_dir`; writes into `output_dir`
 
@@ -9,7 +9,7 @@ Reads `<D>.item.json`, `<D>.index.json`, `<D>.{train,valid,test}.inter` from `da
                                                   history_item_sid, item_sid; list columns are Python list literals
     info/<D>.txt                                  sid \\t title \\t item_id
 
-With `--to inter`, the other way round: the CSVs of `csv_dir` become `<D>.{train,valid,test}.inter`.
+With `--to_inter`, the other way round: the CSVs of `csv_dir` become `<D>.{train,valid,test}.inter`.
 
 Everything is read and checked before anything is written, so the files always belong together. Rows are converted in
 parts: ten million take a few gigabytes.
@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from minionerec.common import runs
 from minionerec.common.errors import UserError
@@ -42,7 +41,7 @@ class Options(StageOptions):
         "", "folder in the published layout whose train/ valid/ test/*.csv replace the .inter files: gives them new SIDs",
         role=RUNTIME,
     )  # fmt: skip
-    to: Literal["csv", "inter"] = option("csv", "inter: the CSVs of csv_dir back to .inter files", role=RUNTIME)
+    to_inter: bool = option(False, "write the CSVs of csv_dir back as .inter files", role=RUNTIME)
     max_history: int = option(
         10, "items of history that a train row keeps, the latest ones; valid and test rows keep all"
     )
@@ -221,7 +220,7 @@ def back(options: Options) -> None:
 
 
 def main(options: Options) -> None:
-    if options.to == "inter":
+    if options.to_inter:
         back(options)
         return
     options.require("dataset_name", "data_dir", "output_dir")

@@ -13,8 +13,8 @@
 #     DATASET      a folder with train/ valid/ test/*.csv, info/*.txt, *.index.json and *.item.json (or in index/)
 #     BASE_MODEL   folder or hub name of a causal LM; default: a small untrained Qwen2 with a tokenizer of the data's titles
 #     RAW          sequences, amazon, amazon:2014, amazon:2018, amazon:2023, recbole, movielens or table
-#     NAME         of the data set that RAW makes; default: that of its first file or folder
-#     OUTPUT       default: output/quickstart, with DATASET output/<its name>, with RAW output/<NAME>
+#     DATASET_NAME of the data set that RAW makes; default: that of its first file or folder
+#     OUTPUT       default: output/quickstart, with DATASET output/<its name>, with RAW output/<DATASET_NAME>
 #     CATEGORY     what the prompts call the items
 #     SIDS         what SIDs are built from: fused (texts and SASRec, default), text, or published (those of DATASET)
 #     TIME_BUDGET  seconds of training of SASRec and of SFT, at most; default: 300 each for MovieLens-100K, 900 otherwise
@@ -37,19 +37,19 @@ esac
 
 DATASET=${DATASET:-}
 BASE_MODEL=${BASE_MODEL:-}
-RAW=${RAW:-} NAME=${NAME:-}
+RAW=${RAW:-}
 [ -z "$DATASET" ] || [ -z "$RAW" ] || die "DATASET and RAW are both set; expected one"
 if [ -n "$RAW" ]; then
     case $RAW in
         sequences | table) source=${FILE:-} needed=FILE ;;
         recbole | movielens) source=${DIR:-} needed=DIR ;;
-        amazon | amazon:2014 | amazon:2018 | amazon:2023) source=${REVIEWS:-} needed=REVIEWS ;;
+        amazon | amazon:2014 | amazon:2018 | amazon:2023) source=${REVIEWS:-} source=${source%% *} needed=REVIEWS ;;
         *) die "RAW is '$RAW', expected sequences, amazon, amazon:YEAR, recbole, movielens or table" ;;
     esac
     [ -n "$source" ] || die "RAW=$RAW needs $needed"
-    source=$(basename "${source%% *}") # of several files, the first
-    NAME=${NAME:-${source%%.*}}
-    OUTPUT=${OUTPUT:-output/$NAME} TIME_BUDGET=${TIME_BUDGET:-900}
+    source=$(basename "$source")
+    name=${DATASET_NAME:-${source%%.*}}
+    OUTPUT=${OUTPUT:-output/$name} TIME_BUDGET=${TIME_BUDGET:-900}
 elif [ -n "$DATASET" ]; then
     OUTPUT=${OUTPUT:-output/$(basename "$DATASET")} TIME_BUDGET=${TIME_BUDGET:-900}
 else
@@ -85,7 +85,7 @@ rl=(TRAIN_ROWS="${RL_ROWS:-4096}" TRAIN_BATCH_SIZE=512 GRADIENT_ACCUMULATION_STE
 prepare_environment requirements.txt requirements-quickstart.txt
 
 # What a stage gets is said in its line below: options of the same name must not take this script's own variables.
-export -n DATASET BASE_MODEL OUTPUT CATEGORY SEED SFT_TASKS MAX_HISTORY RAW NAME
+export -n DATASET BASE_MODEL OUTPUT CATEGORY SEED SFT_TASKS MAX_HISTORY RAW DATASET_NAME
 export MINIONEREC_VARIABLES=1 OVERWRITE=${OVERWRITE:-True} NPROC=${NPROC:-1} TIME_BUDGET
 
 # stage NAME WHAT VARIABLE=value… COMMAND…: the command itself skips, resumes or repeats its work.
@@ -110,7 +110,7 @@ copy_if_changed() { cmp -s "$1" "$2" || { mkdir -p "$(dirname "$2")" && cp "$1" 
 
 raw=$OUTPUT/raw # items, texts, and the SIDs with which the baselines are scored
 if [ -n "$RAW" ]; then
-    name=$NAME items=$raw/$NAME.item.json
+    items=$raw/$name.item.json
     CATEGORY=${CATEGORY:-$name}
     given=(DATASET_NAME="$name" OUTPUT_DIR="$raw" MAX_HISTORY=20)
     case $RAW in

@@ -35,7 +35,7 @@ class Options(PreprocessOptions):
     description_column: str = option("", "column of the description")
     brand_column: str = option("", "column of the brand")
     categories_column: str = option("", "column of the categories")
-    columns: list[str] = option([], "names of all columns of --file, if it has no header")
+    column_names: list[str] = option([], "names of all columns of --file, if it has no header")
     separator: Literal["auto", "comma", "tab", "semicolon", "pipe", "blank"] = option(
         "auto", "between cells; auto: tab for .tsv, .txt and .inter, else comma"
     )
@@ -67,7 +67,7 @@ def read_interactions(options: Options, faults):
     unit = "" if options.time_unit == "auto" else options.time_unit
     earliest = 1 if unit not in ("", "date") else 0
     if not is_parquet(path):
-        form = form_of(options, path) | {"header": options.columns or None}
+        form = form_of(options, path) | {"header": options.column_names or None}
         return read_log(path, "file", columns, faults, unit=unit, earliest=earliest, **form)
 
     def cell(row: int, name: str) -> str:

@@ -242,7 +242,7 @@ def test_the_example_of_the_documentation(tmp_path):
 
 def back(folder, output, **changes) -> Options:
     return Options(
-        **{"dataset_name": "toy", "csv_dir": str(folder), "output_dir": str(output), "to": "inter"} | changes
+        **{"dataset_name": "toy", "csv_dir": str(folder), "output_dir": str(output), "to_inter": True} | changes
     )
 
 
@@ -302,6 +302,6 @@ def test_bad_csvs_are_not_converted_back(tmp_path):
 
 def test_the_launcher_back(tmp_path):
     world = write_world(tmp_path)
-    variables = {"TO": "inter", "DATASET_NAME": "toy", "CSV_DIR": world.folder, "OUTPUT_DIR": tmp_path / "back"}
+    variables = {"TO_INTER": True, "DATASET_NAME": "toy", "CSV_DIR": world.folder, "OUTPUT_DIR": tmp_path / "back"}
     assert "train: 60 rows" in run_stage("convert_dataset.sh", env=variables).stdout
     assert (tmp_path / "back" / "toy.test.inter").read_bytes() == (tmp_path / "toy.test.inter").read_bytes()

@@ -148,7 +148,7 @@ def test_a_source(project, raw):
     done, calls = run_fake(project, RAW=raw, **RAW[raw])
     assert done.returncode == 0, done.stderr
     reader, given = calls[0]
-    assert reader == f"preprocess.{raw.split(':')[0]}" and "RAW" not in given and "NAME" not in given
+    assert reader == f"preprocess.{raw.split(':')[0]}" and "RAW" not in given
     expected = {"DATASET_NAME": "mine", "OUTPUT_DIR": "output/mine/raw", "MAX_HISTORY": "20", "OVERWRITE": "True"}
     expected |= {"recbole": {"INPUT_DIR": "some/mine"}, "amazon:2018": {"RELEASE": "2018"}}.get(raw, {})
     assert (expected | RAW[raw]).items() <= given.items()

@@ -16,7 +16,7 @@ import convert_dataset
 from minionerec.common.errors import UserError
 from preprocess import amazon, movielens, recbole, sequences, table
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 25))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 12))
 REVIEWS = "".join(
     json.dumps({"reviewerID": f"A{user}", "asin": f"B{item}", "overall": 4.0, "unixReviewTime": 1_500_000_000 + item})
     + "\n"

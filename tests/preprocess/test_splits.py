@@ -16,7 +16,7 @@ from preprocess import splits
 from preprocess.dataset import encode, renumber
 
 ROWS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 8), st.integers(0, 9)), min_size=1, max_size=60)
-FAST = settings(max_examples=60, deadline=None)
+FAST = settings(max_examples=40, deadline=None)
 
 
 def log_of(rows) -> tuple[splits.Sequences, list[list[tuple]]]:

@@ -53,7 +53,7 @@ def test_forms(tmp_path, name):
 
 def test_named_columns_and_separators(tmp_path):
     (tmp_path / "t.dat").write_text(csv_of(separator=";", header=""))
-    main(options(tmp_path / "t.dat", tmp_path, columns=["u", "i", "t"], separator="semicolon", user_column="u",
+    main(options(tmp_path / "t.dat", tmp_path, column_names=["u", "i", "t"], separator="semicolon", user_column="u",
                  item_column="i", time_column="t"))  # fmt: skip
     assert inter(tmp_path) == EXPECTED
 
