@@ -40,8 +40,8 @@ def source_files(options: Options) -> dict[str, Path]:
     folder = require_file(options.input_dir, "input_dir")
     files = {}
     for kind in ("inter", "item"):
-        wanted = f"{options.dataset_name}.{kind}" if options.dataset_name else f"*.{kind}"
-        found = sorted(folder.glob(wanted)) or sorted(folder.glob(f"*.{kind}"))
+        found = sorted(folder.glob(f"*.{kind}"))
+        found = [path for path in found if path.name == f"{options.dataset_name}.{kind}"] or found
         if len(found) > 1 or (kind == "inter" and not found):
             raise UserError(
                 f"{folder}: found {len(found)} files *.{kind}, expected one; check --input_dir or give --dataset_name"
