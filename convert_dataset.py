@@ -1,6 +1,7 @@
 """Stage 3: `.inter` samples, item texts and SIDs to the published layout that every later stage reads.
 
     DATASET_NAME=ml-100k DATA_DIR=output/quickstart/raw OUTPUT_DIR=output/quickstart/raw bash convert_dataset.sh
+    TO_INTER=True DATASET_NAME=shop CSV_DIR=published/shop OUTPUT_DIR=output/shop bash convert_dataset.sh
 
 Reads `<D>.item.json`, `<D>.index.json`, `<D>.{train,valid,test}.inter` from `data_dir`; writes into `output_dir`
 
@@ -8,9 +9,13 @@ Reads `<D>.item.json`, `<D>.index.json`, `<D>.{train,valid,test}.inter` from `da
                                                   history_item_sid, item_sid; list columns are Python list literals
     info/<D>.txt                                  sid \\t title \\t item_id
 
-Everything is read and checked before anything is written, so the four files always belong together.
+With `--to_inter`, the other way round: the CSVs of `csv_dir` become `<D>.{train,valid,test}.inter`.
+
+Everything is read and checked before anything is written, so the files always belong together. Rows are converted in
+parts: ten million take a few gigabytes.
 """
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +27,7 @@ from minionerec.common.options import OUTPUT, RUNTIME, StageOptions, option, run
 
 SPLITS = ("train", "valid", "test")
 COLUMNS = ("user_id:token", "item_id_list:token_seq", "item_id:token")
+PART = 4_000_000  # items of histories, or rows of a file, that are converted at once
 
 
 @dataclass
@@ -35,6 +41,7 @@ class Options(StageOptions):
         "", "folder in the published layout whose train/ valid/ test/*.csv replace the .inter files: gives them new SIDs",
         role=RUNTIME,
     )  # fmt: skip
+    to_inter: bool = option(False, "write the CSVs of csv_dir back as .inter files", role=RUNTIME)
     max_history: int = option(
         10, "items of history that a train row keeps, the latest ones; valid and test rows keep all"
     )
@@ -51,21 +58,32 @@ def read_inter(path: str | Path, n_items: int):
     """
     import polars as pl
 
-    from minionerec.common.tables import read_csv, refuse_rows
+    from minionerec.common.tables import read_csv
 
     table = read_csv(path, "data_dir", separator="\t", quote_char=None)
     if table.columns[1:] != [*COLUMNS]:
         raise UserError(
             f"{path}: found columns {table.columns[1:]}, expected {[*COLUMNS]}; run stage 0 (preprocess) again"
         )
+    parts = [_parsed(part, path, n_items) for part in table.iter_slices(PART)]
+    return pl.concat(parts) if parts else _parsed(table, path, n_items)
+
+
+def _parsed(table, path: str | Path, n_items: int):
+    """The rows of `read_inter`, as integers of 32 bits."""
+    import polars as pl
+
+    from minionerec.common.tables import refuse_rows
+
     user, history, target = (table[column] for column in COLUMNS)
-    lists = history.fill_null("").str.extract_all("[^ ]+").cast(pl.List(pl.Int64), strict=False)
+    words = history.fill_null("").str.strip_chars(" ").str.replace_all("  +", " ").str.split(" ")
+    numbers = words.list.eval(pl.element().filter(pl.element() != "")).cast(pl.List(pl.Int64), strict=False)
     known = pl.element().is_between(0, n_items - 1).fill_null(False)
     expected = f"ids of the item file, 0..{n_items - 1}"
-    refuse_rows(table, ~lists.list.eval(known).list.all(), COLUMNS[1], path, f"{expected}, with blanks between them")
-    numbers = target.cast(pl.Int64, strict=False)
-    refuse_rows(table, ~numbers.is_between(0, n_items - 1).fill_null(False), COLUMNS[2], path, f"one of the {expected}")
-    return pl.DataFrame({"user": user, "history": lists, "target": numbers})
+    refuse_rows(table, ~numbers.list.eval(known).list.all(), COLUMNS[1], path, f"{expected}, with blanks between them")
+    item = target.cast(pl.Int64, strict=False)
+    refuse_rows(table, ~item.is_between(0, n_items - 1).fill_null(False), COLUMNS[2], path, f"one of the {expected}")
+    return pl.DataFrame({"user": user, "history": numbers.cast(pl.List(pl.Int32)), "target": item})
 
 
 def read_rows(path: Path, sids: list[str]):
@@ -80,45 +98,46 @@ def read_rows(path: Path, sids: list[str]):
     return rows.select("user", pl.col("seen").alias("history"), "target")
 
 
+def parts_of(rows) -> Iterator:
+    """Slices of `rows` whose histories have about `PART` items."""
+    import numpy as np
+
+    part = (rows["history"].list.len().to_numpy().astype(np.int64) + 1).cumsum() // PART
+    bounds = [0, *(np.flatnonzero(np.diff(part)) + 1).tolist(), len(rows)]
+    for first, end in zip(bounds, bounds[1:], strict=False):
+        yield rows[first:end]
+
+
 def to_csv_rows(rows, items):
-    """The published columns. `items` has item, title, sid and their Python literals title_literal, sid_literal."""
+    """The published columns. `items` has title, sid and their Python literals title_literal, sid_literal, id_literal."""
+    import numpy as np
     import polars as pl
+    import pyarrow as pa
 
-    def list_literal(column: str) -> pl.Expr:
-        return "[" + pl.col(column).str.join(", ") + "]"
+    length = rows["history"].list.len().to_numpy()
+    flat = rows["history"].explode(empty_as_null=False)
+    offsets = pl.Series(np.concatenate([[0], length.cumsum(dtype=np.int64)])).to_arrow()
 
-    rows = rows.with_row_index("row")
-    histories = (
-        rows.select("row", item="history")
-        .explode("item")
-        .drop_nulls()
-        .join(items, on="item", how="left", maintain_order="left")
-        .with_columns(item_literal=pl.col("item").cast(pl.String))
-        .group_by("row", maintain_order=True)
-        .agg(
-            history_item_title=list_literal("title_literal").first(),
-            history_item_id=list_literal("item_literal").first(),
-            history_item_sid=list_literal("sid_literal").first(),
-        )
-    )
-    return (
-        rows.join(items, left_on="target", right_on="item", how="left", maintain_order="left")
-        .join(histories, on="row", how="left", maintain_order="left")
-        .with_columns(pl.col("^history_item_.*$").fill_null("[]"))
-        .select(
-            user_id="user",
-            history_item_title="history_item_title",
-            item_title="title",
-            history_item_id="history_item_id",
-            item_id="target",
-            history_item_sid="history_item_sid",
-            item_sid="sid",
-        )
+    def lists(column: str) -> pl.Series:
+        texts = items[column].gather(flat).to_arrow().cast(pa.large_string())
+        return "[" + pl.Series(pa.LargeListArray.from_arrays(offsets, texts)).list.join(", ") + "]"
+
+    target = rows["target"]
+    return pl.DataFrame(
+        {
+            "user_id": rows["user"],
+            "history_item_title": lists("title_literal"),
+            "item_title": items["title"].gather(target),
+            "history_item_id": lists("id_literal"),
+            "item_id": target,
+            "history_item_sid": lists("sid_literal"),
+            "item_sid": items["sid"].gather(target),
+        }
     )
 
 
-def read_all(options: Options, sources: dict[str, Path]) -> tuple[dict, list[str]]:
-    """The table of each split, and the lines of the info file."""
+def read_all(options: Options, sources: dict[str, Path]) -> tuple:
+    """(rows of each split, the items, the lines of the info file)."""
     import polars as pl
 
     from minionerec.catalog.items import read_titles
@@ -132,11 +151,11 @@ def read_all(options: Options, sources: dict[str, Path]) -> tuple[dict, list[str
         )
     items = pl.DataFrame(
         {
-            "item": range(len(sids)),
             "title": titles,
             "sid": sids,
             "title_literal": [repr(title) for title in titles],
             "sid_literal": [repr(sid) for sid in sids],
+            "id_literal": [str(item) for item in range(len(sids))],
         }
     )
     tables = {}
@@ -144,10 +163,10 @@ def read_all(options: Options, sources: dict[str, Path]) -> tuple[dict, list[str
         rows = read_rows(sources[split], sids)
         if split == "train":
             rows = rows.with_columns(pl.col("history").list.tail(options.max_history))
-        tables[split] = to_csv_rows(rows, items)
+        tables[split] = rows
     lines = [f"{sid}\t{title}\t{item}\n" for item, (sid, title) in enumerate(zip(sids, titles, strict=True))]
     print(f"{len(sids)} items, {len(set(sids))} SIDs")
-    return tables, lines
+    return tables, items, lines
 
 
 def split_file(options: Options, split: str) -> Path:
@@ -160,7 +179,50 @@ def split_file(options: Options, split: str) -> Path:
     return found[0]
 
 
+def write_inter(f, rows) -> None:
+    """Write rows (user, history, target) as an `.inter` file."""
+    import polars as pl
+
+    f.write(("\t".join(COLUMNS) + "\n").encode())
+    for part in parts_of(rows):
+        history = pl.col("history").list.eval(pl.element().cast(pl.String)).list.join(" ")
+        part.select("user", history, "target").write_csv(f, separator="\t", include_header=False, quote_style="never")
+
+
+def back(options: Options) -> None:
+    """The CSVs of a folder in the published layout as .inter files."""
+    import polars as pl
+
+    options.require("dataset_name", "csv_dir", "output_dir")
+    infos = sorted(Path(options.csv_dir, "info").glob("*.txt"))
+    if len(infos) != 1:
+        raise UserError(f"{options.csv_dir}/info: found {len(infos)} files *.txt, expected one; check --csv_dir")
+    sources = {split: split_file(options, split) for split in SPLITS} | {"info": infos[0]}
+    files = {split: Path(options.output_dir, f"{options.dataset_name}.{split}.inter") for split in SPLITS}
+    record = Path(options.output_dir, f"{options.dataset_name}.inter.run.json")
+    record = runs.begin(options, "convert back", files=list(files.values()), record=record, inputs=sources)
+    if record.complete:
+        return
+    from minionerec.catalog.items import read_info
+
+    sids = read_info(sources["info"], "csv_dir").sids
+    tables = {split: read_rows(sources[split], sids) for split in SPLITS}
+    for split, rows in tables.items():
+        for user in rows["user"].filter(rows["user"].str.contains("[\t\r\n]")).head(1):
+            raise UserError(f"{sources[split]}: user {user[:60]!r} has a tab or a line end; rename it")
+    with ExitStack() as stack:
+        for split, rows in tables.items():
+            f = stack.enter_context(atomic_file(files[split], "wb"))
+            write_inter(f, rows.with_columns(pl.col("history").cast(pl.List(pl.Int32))))
+            f.flush()
+    record.finish()
+    print("\n".join(f"{split}: {len(rows)} rows" for split, rows in tables.items()))
+
+
 def main(options: Options) -> None:
+    if options.to_inter:
+        back(options)
+        return
     options.require("dataset_name", "data_dir", "output_dir")
     data, output, name = Path(options.data_dir), Path(options.output_dir), options.dataset_name
     sources = {kind: data / f"{name}.{kind}.json" for kind in ("item", "index")}
@@ -174,11 +236,12 @@ def main(options: Options) -> None:
     )
     if record.complete:
         return
-    tables, lines = read_all(options, sources)
+    tables, items, lines = read_all(options, sources)
     with ExitStack() as stack:  # the files get their names after all of them are written
-        for split, table in tables.items():
+        for split, rows in tables.items():
             f = stack.enter_context(atomic_file(files[split], "wb"))
-            table.write_csv(f)
+            for number, part in enumerate(parts_of(rows)):
+                to_csv_rows(part, items).write_csv(f, include_header=number == 0)
             f.flush()
         f = stack.enter_context(atomic_file(info))
         f.writelines(lines)

@@ -10,6 +10,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/shell/launcher.sh"
 DATASET_NAME=${DATASET_NAME:-}
 DATA_DIR=${DATA_DIR:-}
 OUTPUT_DIR=${OUTPUT_DIR:-}
+TO_INTER=${TO_INTER:-}          # True: the CSVs of CSV_DIR back to .inter files
 MAX_HISTORY=${MAX_HISTORY:-}    # items of history that a row keeps, the latest ones
 
 launch python convert_dataset.py "$@"

@@ -348,3 +348,9 @@ def rl_rows(
             for name, value in zip(columns, (prompt, answer, target, history, task), strict=True):
                 columns[name].append(value)
     return columns
+
+
+if __name__ == "__main__":
+    from minionerec.catalog import check
+
+    check.start()  # python -m data check DIR

@@ -3,6 +3,8 @@
 #
 #     bash run.sh                      MovieLens-100K and a small language model; no account, no download from a hub
 #     DATASET=<folder> bash run.sh     your data in the published layout
+#     RAW=sequences FILE=<file> bash run.sh     your data from its source: a reader of preprocess/, with its options as
+#         variables. RAW=amazon:2018 REVIEWS=… META=…, RAW=recbole DIR=…, RAW=movielens DIR=…, RAW=table FILE=… (docs/data.md)
 #
 # Makes .venv (or uses the active environment) and installs the requirements. The results and results.json go to OUTPUT.
 # Re-running skips finished stages and resumes a killed one. A stage whose settings or inputs have changed runs again, and
@@ -10,10 +12,12 @@
 #
 #     DATASET      a folder with train/ valid/ test/*.csv, info/*.txt, *.index.json and *.item.json (or in index/)
 #     BASE_MODEL   folder or hub name of a causal LM; default: a small untrained Qwen2 with a tokenizer of the data's titles
-#     OUTPUT       default: output/quickstart, with DATASET output/<its name>
+#     RAW          sequences, amazon, amazon:2014, amazon:2018, amazon:2023, recbole, movielens or table
+#     DATASET_NAME of the data set that RAW makes; default: that of its first file or folder
+#     OUTPUT       default: output/quickstart, with DATASET output/<its name>, with RAW output/<DATASET_NAME>
 #     CATEGORY     what the prompts call the items
 #     SIDS         what SIDs are built from: fused (texts and SASRec, default), text, or published (those of DATASET)
-#     TIME_BUDGET  seconds of training of SASRec and of SFT, at most; default: 300 each for MovieLens-100K, 900 for DATASET
+#     TIME_BUDGET  seconds of training of SASRec and of SFT, at most; default: 300 each for MovieLens-100K, 900 otherwise
 #     SEED         default: 42
 #     SFT_EPOCHS SFT_TASKS SFT_LEARNING_RATE SFT_BATCH_SIZE SFT_MICRO_BATCH_SIZE SFT_DROPOUT
 #     RL_ROWS RL_LEARNING_RATE RL_GENERATIONS RL_BETA
@@ -33,7 +37,20 @@ esac
 
 DATASET=${DATASET:-}
 BASE_MODEL=${BASE_MODEL:-}
-if [ -n "$DATASET" ]; then
+RAW=${RAW:-}
+[ -z "$DATASET" ] || [ -z "$RAW" ] || die "DATASET and RAW are both set; expected one"
+if [ -n "$RAW" ]; then
+    case $RAW in
+        sequences | table) source=${FILE:-} needed=FILE ;;
+        recbole | movielens) source=${DIR:-} needed=DIR ;;
+        amazon | amazon:2014 | amazon:2018 | amazon:2023) source=${REVIEWS:-} source=${source%% *} needed=REVIEWS ;;
+        *) die "RAW is '$RAW', expected sequences, amazon, amazon:YEAR, recbole, movielens or table" ;;
+    esac
+    [ -n "$source" ] || die "RAW=$RAW needs $needed"
+    source=$(basename "$source")
+    name=${DATASET_NAME:-${source%%.*}}
+    OUTPUT=${OUTPUT:-output/$name} TIME_BUDGET=${TIME_BUDGET:-900}
+elif [ -n "$DATASET" ]; then
     OUTPUT=${OUTPUT:-output/$(basename "$DATASET")} TIME_BUDGET=${TIME_BUDGET:-900}
 else
     OUTPUT=${OUTPUT:-output/quickstart} TIME_BUDGET=${TIME_BUDGET:-300}
@@ -68,7 +85,7 @@ rl=(TRAIN_ROWS="${RL_ROWS:-4096}" TRAIN_BATCH_SIZE=512 GRADIENT_ACCUMULATION_STE
 prepare_environment requirements.txt requirements-quickstart.txt
 
 # What a stage gets is said in its line below: options of the same name must not take this script's own variables.
-export -n DATASET BASE_MODEL OUTPUT CATEGORY SEED SFT_TASKS MAX_HISTORY
+export -n DATASET BASE_MODEL OUTPUT CATEGORY SEED SFT_TASKS MAX_HISTORY RAW DATASET_NAME
 export MINIONEREC_VARIABLES=1 OVERWRITE=${OVERWRITE:-True} NPROC=${NPROC:-1} TIME_BUDGET
 
 # stage NAME WHAT VARIABLE=value… COMMAND…: the command itself skips, resumes or repeats its work.
@@ -92,7 +109,16 @@ copy_if_changed() { cmp -s "$1" "$2" || { mkdir -p "$(dirname "$2")" && cp "$1" 
 # ------------------------------------------------------------------------------------------------ data and texts
 
 raw=$OUTPUT/raw # items, texts, and the SIDs with which the baselines are scored
-if [ -z "$DATASET" ]; then
+if [ -n "$RAW" ]; then
+    items=$raw/$name.item.json
+    CATEGORY=${CATEGORY:-$name}
+    given=(DATASET_NAME="$name" OUTPUT_DIR="$raw" MAX_HISTORY=20)
+    case $RAW in
+        recbole | movielens) given+=(INPUT_DIR="$DIR") ;;
+        amazon:*) given+=(RELEASE="${RAW#*:}") ;;
+    esac
+    stage preprocess "$RAW to item texts and samples" "${given[@]}" python -m "preprocess.${RAW%%:*}"
+elif [ -z "$DATASET" ]; then
     CATEGORY=${CATEGORY:-movies}
     name=ml-100k items=$raw/ml-100k.item.json
     stage preprocess "MovieLens-100K to item texts and leave-one-out samples" \

@@ -1,143 +1,149 @@
-"""Stage 0, MovieLens-100K: ratings and film titles to `ml-100k.item.json` and `ml-100k.{train,valid,test}.inter`.
+"""Stage 0, MovieLens: ratings and film titles of any release to the files of stage 0.
 
     python -m preprocess.movielens --output_dir output/quickstart/raw
+    python -m preprocess.movielens --input_dir ml-32m --output_dir output/ml-32m/raw
 
-Reads `ml-100k.inter` and `ml-100k.item` in RecBole's atomic-file form, by default from the installed `recbole` wheel
-(only its files: the package is not imported). Every rating counts as an interaction. Ratings of a user with the same
-time stamp, which is in seconds, stay in file order. Items that nobody rated are left out; the others are numbered 0, 1,
-2, … in the order of their original ids. Users with fewer than 3 ratings are left out.
+Every rating counts as an interaction (--min_rating leaves low ones out). What is read depends on the files in the folder:
+
+    u.data, u.item, u.genre       100K: tabs, `|`, latin-1
+    ratings.dat, movies.dat       1M (latin-1) and 10M: `::`
+    ratings.csv, movies.csv       20M, 25M, 32M, latest
+    ml-100k.inter, ml-100k.item   RecBole's atomic files
+
+Without a folder, it is the MovieLens-100K of the installed `recbole` wheel (only its files: the package is not
+imported). Ratings of a user with the same time stamp, which is in seconds, stay in file order. Films that nobody rated
+are left out, users with fewer than 3 ratings have no sample.
 """
 
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from minionerec.common import runs
 from minionerec.common.errors import UserError
-from minionerec.common.files import require_file, write_json
-from minionerec.common.options import OUTPUT, RUNTIME, StageOptions, option, run
+from minionerec.common.files import require_file
+from minionerec.common.options import RUNTIME, option, run
+from preprocess.options import PreprocessOptions, preprocess
 
-NAME = "ml-100k"
-COLUMNS = {  # of each source
-    "inter": ["user_id", "item_id", "timestamp"],
-    "item": ["item_id", "movie_title", "release_year", "class"],
+LAYOUTS = {  # the files of each release: ratings, films
+    "100K": ("u.data", "u.item"),
+    "1M or 10M": ("ratings.dat", "movies.dat"),
+    "20M, 25M or 32M": ("ratings.csv", "movies.csv"),
 }
+WHEEL = "ml-100k"  # in the recbole wheel
 
 
 @dataclass
-class Options(StageOptions):
-    output_dir: str = option("", "folder for the .item.json and .inter files", role=OUTPUT)
-    input_dir: str = option(  # the record holds digests of the two files
-        "", "folder with ml-100k.inter and ml-100k.item; default: the recbole wheel", role=RUNTIME
+class Options(PreprocessOptions):
+    input_dir: str = option(  # the record holds digests of its files
+        "", "folder of a MovieLens release; default: MovieLens-100K of the recbole wheel", role=RUNTIME
     )
-    max_history: int = option(10, "items of history that a train sample keeps, the latest ones")
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.at_least(1, "max_history")
 
 
-def source_files(input_dir: str) -> dict[str, Path]:
-    """The two files that are read; raises `UserError` if one is missing."""
+def source_files(input_dir: str) -> tuple[str, dict[str, Path]]:
+    """(layout, files to read); raises `UserError` where they are missing."""
     folder = Path(input_dir)
     if not input_dir:
         package = importlib.util.find_spec("recbole")
         if package is None:
             raise UserError("recbole is not installed; `pip install --no-deps recbole==1.2.1`, or give --input_dir")
-        folder = Path(package.submodule_search_locations[0]) / "dataset_example" / NAME
-    return {kind: require_file(folder / f"{NAME}.{kind}", "input_dir") for kind in COLUMNS}
+        folder = Path(package.submodule_search_locations[0]) / "dataset_example" / WHEEL
+    for layout, (ratings, films) in LAYOUTS.items():
+        if (folder / ratings).exists():
+            files = {"inter": folder / ratings, "item": require_file(folder / films, "input_dir")}
+            if layout == "100K":
+                files["genres"] = require_file(folder / "u.genre", "input_dir")
+            return layout, files
+    return "RecBole", {kind: require_file(folder / f"{WHEEL}.{kind}", "input_dir") for kind in ("inter", "item")}
 
 
-def read_atomic(path: Path, columns: list[str]):
-    """A RecBole atomic file as strings, its `name:type` headers cut to names; refuses a file without `columns`."""
-    from minionerec.common.tables import read_csv
+def read(options: Options, layout: str, files: dict[str, Path]):
+    """The `Source` of a release."""
+    from preprocess.dataset import Faults, Source
 
-    table = read_csv(path, "input_dir", separator="\t", quote_char=None)
-    table = table.rename({column: column.split(":")[0] for column in table.columns})
-    for column in columns:
-        if column not in table.columns:
-            raise UserError(f"{path}: no column {column!r}, found {table.columns[1:]}; expected RecBole's {NAME} files")
-    return table
+    if layout == "RecBole":
+        from preprocess import recbole
+
+        names = vars(options)
+        source = recbole.read(recbole.Options(**names), files)
+        return source._replace(unit="s", read={"format": "MovieLens in RecBole's files"})
+    faults = Faults()
+    log, texts = read_ratings(layout, files["inter"], faults), read_films(layout, files)
+    return Source(log, texts, "s", faults, {"format": f"MovieLens {layout}", "records": faults.records})
 
 
-def read_ratings(path: Path):
-    """Columns user, original (the item's id in the source) and time, in file order."""
+def read_ratings(layout: str, path: Path, faults):
+    """Columns user, item, time, rating, in file order."""
+    from preprocess.files import Columns, read_log
+
+    columns = Columns("user", "item", "time", "rating")
+    form = {"header": [*columns[:2], "rating", "time"], "separator": "\t", "quote_char": None}
+    if layout == "1M or 10M":  # `::` is two separators
+        form |= {"header": ["user", "_1", "item", "_2", "rating", "_3", "time"], "separator": ":"}
+    elif layout == "20M, 25M or 32M":
+        columns, form = Columns("userId", "movieId", "timestamp", "rating"), {}
+    return read_log(path, "input_dir", columns, faults, unit="s", earliest=1, **form)[0]
+
+
+def read_films(layout: str, files: dict[str, Path]):
+    """Columns item, title, description, brand, categories."""
     import polars as pl
 
-    from minionerec.common.tables import refuse_rows
+    from minionerec.common.tables import read_csv, refuse_rows
+    from preprocess.dataset import TEXTS
+    from preprocess.recbole import cleaned
 
-    table = read_atomic(path, COLUMNS["inter"])
-    time = table["timestamp"].cast(pl.Float64, strict=False)
-    for column in ("user_id", "item_id"):
-        refuse_rows(table, pl.col(column).is_null(), column, path, "an id")
-    refuse_rows(table, ~time.is_finite().fill_null(False), "timestamp", path, "a time stamp in seconds")
-    return table.select(user="user_id", original="item_id", time=time)
+    path = files["item"]
+    if layout == "20M, 25M or 32M":
+        films = read_csv(path, "input_dir")
+        for column in ("movieId", "title", "genres"):
+            if column not in films.columns:
+                raise UserError(f"{path}: no column {column!r}, found {films.columns[1:]}; check --input_dir")
+            refuse_rows(films, pl.col(column).is_null(), column, path, "a text")
+        rows = films.select("movieId", "title", "genres").rows()
+    else:
+        rows = list(_text_rows(layout, files))
+    films = pl.DataFrame(rows, schema=dict.fromkeys(("item", "title", "categories"), pl.String), orient="row")
+    twice = films.filter(~pl.col("item").is_first_distinct())["item"]
+    if len(twice):
+        raise UserError(f"{path}: film {twice[0]} is there twice, expected each film once")
+    genres = pl.col("categories").replace("(no genres listed)", "").str.replace_all("|", ", ", literal=True)
+    films = films.with_columns(genres, description=pl.lit(""), brand=pl.lit(""))
+    return cleaned(films.select("item", *TEXTS))
 
 
-def read_films(path: Path):
-    """The item file, one row an item, with its number as `order`."""
-    import polars as pl
+def _text_rows(layout: str, files: dict[str, Path]):
+    """(film, title, genres joined by |) of `u.item` and of `movies.dat`."""
+    from preprocess.files import lines
 
-    from minionerec.common.tables import refuse_rows
-
-    table = read_atomic(path, COLUMNS["item"])
-    order = table["item_id"].cast(pl.Int64, strict=False)
-    refuse_rows(table, order.is_null(), "item_id", path, "an integer")
-    refuse_rows(table, ~pl.col("item_id").is_first_distinct(), "item_id", path, "each item once")
-    refuse_rows(table, pl.col("movie_title").is_null(), "movie_title", path, "a title")
-    return table.with_columns(order=order)
-
-
-def item_text(film: dict) -> dict[str, str]:
-    """An entry of `.item.json`."""
-    year = f" ({film['release_year']})" if film["release_year"] else ""
-    return {
-        "title": film["movie_title"] + year,
-        "description": "",
-        "brand": "",
-        "categories": ", ".join((film["class"] or "").split()),
-    }
+    path, encoding = files["item"], "latin-1"
+    if layout == "100K":
+        names = [line.split("|")[0] for _, line in lines(files["genres"], "input_dir")]
+        for number, line in lines(path, "input_dir", encoding):
+            cells = line.split("|")
+            if len(cells) != 5 + len(names):
+                raise UserError(f"{path}, line {number}: found {len(cells)} cells, expected {5 + len(names)}")
+            yield cells[0], cells[1], "|".join(name for name, flag in zip(names, cells[5:], strict=True) if flag == "1")
+        return
+    try:
+        path.read_text(encoding="utf-8")
+        encoding = "utf-8"
+    except UnicodeDecodeError:
+        pass
+    for number, line in lines(path, "input_dir", encoding):
+        film, separator, rest = line.partition("::")
+        title, found, genres = rest.rpartition("::")
+        if not (separator and found):
+            raise UserError(f"{path}, line {number}: found {line[:60]!r}, expected film::title::genres")
+        yield film, title, genres
 
 
 def main(options: Options) -> None:
     options.require("output_dir")
-    sources, output = source_files(options.input_dir), Path(options.output_dir)
-    files = {split: output / f"{NAME}.{split}.inter" for split in ("train", "valid", "test")}
-    items_file = output / f"{NAME}.item.json"
-    record = runs.begin(
-        options,
-        "preprocess",
-        files=[*files.values(), items_file],
-        record=output / f"{NAME}.preprocess.run.json",
-        inputs=sources,
-    )
-    if record.complete:
-        return
-
-    import polars as pl
-
-    from preprocess.splits import leave_one_out, write_inter
-
-    ratings, films = read_ratings(sources["inter"]), read_films(sources["item"])
-    films = films.join(ratings.select(item_id="original").unique(), on="item_id", how="semi").sort("order")
-    films = films.with_columns(item=pl.int_range(pl.len()))
-    numbers = films.select("item", original="item_id")
-    interactions = ratings.join(numbers, on="original", how="inner", maintain_order="left")
-    if len(interactions) < len(ratings):
-        missing = ratings.join(numbers, on="original", how="anti", maintain_order="left")["original"]
-        raise UserError(
-            f"{sources['inter']}: {len(missing)} ratings of items that {sources['item'].name} lacks, the first of item "
-            f"{missing[0]}; give files that belong together"
-        )
-    splits = leave_one_out(interactions, options.max_history)
-    items = {str(film["item"]): item_text(film) for film in films.to_dicts()}
-
-    for split, rows in splits.items():
-        write_inter(files[split], rows)
-        print(f"{split}: {len(rows)} samples")
-    write_json(items_file, items)
-    record.finish()
-    print(f"{len(items)} items, {interactions['user'].n_unique()} users, {len(interactions)} interactions")
+    layout, files = source_files(options.input_dir)
+    name = options.dataset_name
+    if not name:
+        name = WHEEL if layout == "RecBole" else Path(options.input_dir).resolve().name or WHEEL
+    preprocess(options, name, files, lambda: read(options, layout, files))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import sys
 
 import polars as pl
 import pytest
-from helpers import ROOT, run_stage, write_world
+from helpers import INDUSTRIAL, ROOT, run_stage, write_world
 
+import convert_dataset
 from convert_dataset import Options, main, read_inter
 from minionerec.catalog.items import read_info
 from minionerec.catalog.sequences import read_sequences
@@ -224,11 +225,83 @@ def test_help_and_a_finished_stage_import_neither_torch_nor_polars():
 
 
 def test_the_example_of_the_documentation(tmp_path):
-    """The files that the Python block of docs/data.md writes are converted."""
-    [block] = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.M | re.S)
+    """The files that the last Python block of docs/data.md writes are converted."""
+    *_, block = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.M | re.S
+    )
     subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True)
     folder = tmp_path / "output" / "mine"
     (folder / "mine.index.json").write_text(json.dumps({str(i): [f"<a_{i}>"] for i in range(3)}))
     main(options(folder, dataset_name="mine"))
     rows = read_sequences(folder / "test" / "mine.csv", ["<a_0>", "<a_1>", "<a_2>"], "file")
     assert rows.select("user", "history", "target").rows() == [("ann", [0, 1, 2], 1)]
+
+
+# ------------------------------------------------------------------------------------------------ back to .inter
+
+
+def back(folder, output, **changes) -> Options:
+    return Options(
+        **{"dataset_name": "toy", "csv_dir": str(folder), "output_dir": str(output), "to_inter": True} | changes
+    )
+
+
+def test_there_and_back(tmp_path, capsys):
+    """The same bytes; rows without history and other scripts too."""
+    write_world(tmp_path)
+    valid = tmp_path / "toy.valid.inter"
+    valid.write_text(valid.read_text() + "ünï 漢\t\t3\n", encoding="utf-8")
+    main(options(tmp_path, overwrite=True))
+    main(back(tmp_path, tmp_path / "back"))
+    for split in ("train", "valid", "test"):
+        name = f"toy.{split}.inter"
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / name).read_bytes()
+    capsys.readouterr()
+    main(back(tmp_path, tmp_path / "back"))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not INDUSTRIAL.exists(), reason="needs the Industrial files")
+def test_the_published_csvs_back_and_there(tmp_path):
+    main(back(INDUSTRIAL, tmp_path))
+    for kind in ("index", "item"):
+        [source] = INDUSTRIAL.glob(f"index/*.{kind}.json")
+        (tmp_path / f"toy.{kind}.json").write_bytes(source.read_bytes())
+    main(options(tmp_path, max_history=100))
+    for split in ("train", "valid", "test"):
+        [source] = (INDUSTRIAL / split).glob("*.csv")
+        old, new = (pl.read_csv(path, infer_schema=False) for path in (source, tmp_path / split / "toy.csv"))
+        old = old.with_columns(pl.col("^.*title$").str.replace_all(" +", " "))  # as readers collapse them
+        assert old.equals(new) and len(old) > 4_000
+
+
+def test_parts_of_any_size(tmp_path, monkeypatch):
+    world = write_world(tmp_path / "whole")
+    monkeypatch.setattr(convert_dataset, "PART", 7)
+    assert write_world(tmp_path / "parts").train.read_bytes() == world.train.read_bytes()
+    main(back(tmp_path / "parts", tmp_path / "back"))
+    assert (tmp_path / "back" / "toy.train.inter").read_bytes() == (tmp_path / "whole" / "toy.train.inter").read_bytes()
+
+
+def test_bad_csvs_are_not_converted_back(tmp_path):
+    world = write_world(tmp_path)
+    text = world.test.read_text()
+    for changed, found in (
+        (text.replace("test0,", '"a\tb",', 1), "toy.csv: user 'a\\tb' has a tab or a line end"),
+        (re.sub(r"\[(\d)", r"{\1", text, count=1), "row 2, column history_item_id: found '{"),
+        ("", "toy.csv: the file is empty"),
+    ):
+        world.test.write_text(changed)
+        with pytest.raises(UserError) as refused:
+            main(back(tmp_path, tmp_path / "back", overwrite=True))
+        assert found in str(refused.value) and not list((tmp_path / "back").glob("*.inter"))
+    world.info.unlink()
+    with pytest.raises(UserError, match="info: found 0 files"):
+        main(back(tmp_path, tmp_path / "back"))
+
+
+def test_the_launcher_back(tmp_path):
+    world = write_world(tmp_path)
+    variables = {"TO_INTER": True, "DATASET_NAME": "toy", "CSV_DIR": world.folder, "OUTPUT_DIR": tmp_path / "back"}
+    assert "train: 60 rows" in run_stage("convert_dataset.sh", env=variables).stdout
+    assert (tmp_path / "back" / "toy.test.inter").read_bytes() == (tmp_path / "toy.test.inter").read_bytes()

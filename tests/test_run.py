@@ -130,6 +130,34 @@ def test_sids_that_are_made_for_a_data_set(project, world):
     assert sorted(path.name for path in world.folder.rglob("*")) == before
 
 
+RAW = {
+    "sequences": {"FILE": "some/mine.x.txt", "TEXTS": "t.json"},
+    "table": {"FILE": "mine.csv", "USER_COLUMN": "who"},
+    "recbole": {"DIR": "some/mine"},
+    "movielens": {"DIR": "some/mine"},
+    "amazon:2018": {"REVIEWS": "mine.json.gz more.json", "META": "m.json"},
+}
+
+
+@pytest.mark.parametrize("raw", RAW)
+def test_a_source(project, raw):
+    """Stage 0 gets its reader's variables; all later stages are those of the quickstart."""
+    made = project / "output" / "mine" / "raw"
+    made.mkdir(parents=True)
+    (made / "mine.item.json").write_text("{}")
+    done, calls = run_fake(project, RAW=raw, **RAW[raw])
+    assert done.returncode == 0, done.stderr
+    reader, given = calls[0]
+    assert reader == f"preprocess.{raw.split(':')[0]}" and "RAW" not in given
+    expected = {"DATASET_NAME": "mine", "OUTPUT_DIR": "output/mine/raw", "MAX_HISTORY": "20", "OVERWRITE": "True"}
+    expected |= {"recbole": {"INPUT_DIR": "some/mine"}, "amazon:2018": {"RELEASE": "2018"}}.get(raw, {})
+    assert (expected | RAW[raw]).items() <= given.items()
+    assert [stage for stage, _ in calls[1:]] == [stage for stage, _ in QUICKSTART[1:]]
+    later = dict(calls)
+    assert later["amazon_text2emb.sh"]["DATASET"] == "mine" and given["TIME_BUDGET"] == "900"
+    assert later["sft.sh"]["TRAIN_FILE"] == "output/mine/data/train/mine.csv"
+
+
 def test_a_failed_stage_ends_the_run(project, world):
     done, calls = run_fake(project, DATASET=str(world.folder), FAILS="sft.sh")
     assert done.returncode == 2 and done.stderr == "error: wrong\n"
@@ -141,6 +169,11 @@ def test_a_failed_stage_ends_the_run(project, world):
     [
         ({"SIDS": "other"}, "SIDS is 'other', expected fused, text or published"),
         ({"SIDS": "published"}, "needs DATASET"),
+        ({"RAW": "netflix"}, "RAW is 'netflix', expected sequences, amazon"),
+        ({"RAW": "amazon:2019", "REVIEWS": "x"}, "RAW is 'amazon:2019'"),
+        ({"RAW": "sequences"}, "RAW=sequences needs FILE"),
+        ({"RAW": "movielens"}, "RAW=movielens needs DIR"),
+        ({"RAW": "table", "FILE": "x.csv", "DATASET": "x"}, "DATASET and RAW are both set"),
     ],
 )
 def test_wrong_variables(project, variables, message):

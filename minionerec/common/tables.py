@@ -55,7 +55,7 @@ def read_csv(path: str | Path, flag: str, *, separator: str = ",", quote_char: s
         raise UserError(f"{path}: the file is empty, expected a header and rows; check --{flag}")
     try:
         table = pl.read_csv(io.BytesIO(data), separator=separator, quote_char=quote_char, infer_schema=False)
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, OSError) as error:
         found = _fault(_decoded(data, path), separator, quote_char) or str(error).splitlines()[0]
         raise UserError(f"{path}, {found}; repair it or check --{flag}") from None
     if twice := [name for name in table.columns if f"{name}_duplicated_0" in table.columns]:

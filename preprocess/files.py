@@ -1,0 +1,235 @@
+"""Interactions from delimited files and parquet, read by polars in streaming mode, and lines of texts.
+
+Only the columns that are needed are kept, ids as categories: 100 million rows take about 2 GB. Records that cannot be
+used (no user, no item, no valid time) are counted in `Faults` with the first one's row. A file whose rows do not fit
+together (more cells than columns, an open quote, not UTF-8) is refused, with the row.
+"""
+
+import csv
+import gzip
+import io
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+
+from minionerec.common.errors import UserError
+from minionerec.common.files import require_file
+from preprocess.dataset import UNITS, Faults, unit_of
+
+LATEST = 4_102_444_800  # seconds: the year 2100
+DATES = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d")
+
+
+class Columns(NamedTuple):
+    """The names of the columns of a log; empty for those that it does not have."""
+
+    user: str
+    item: str
+    time: str = ""
+    rating: str = ""
+
+
+def require_text(path: str | Path, flag: str) -> Path:
+    """`path`, if it is one file with something in it that is neither UTF-16 nor binary. May be gzip."""
+    path = require_file(path, flag)
+    if path.is_dir():
+        raise UserError(f"{path}: found a folder, expected a file; check --{flag}")
+    with open_binary(path) as f:
+        try:
+            start = f.read(4096)
+        except (OSError, EOFError, gzip.zlib.error):
+            raise UserError(f"{path}: found a broken gzip file; download it again or check --{flag}") from None
+    if not start.strip():
+        raise UserError(f"{path}: the file is empty, expected records; check --{flag}")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff", b"PK\x03\x04", b"PAR1")) or b"\0" in start:
+        raise UserError(f"{path}: found UTF-16 or binary data, expected UTF-8 text; check --{flag}")
+    return path
+
+
+def open_binary(path: Path):
+    """The bytes of a file, those in it if it is gzip."""
+    with open(path, "rb") as f:
+        packed = f.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rb") if packed else open(path, "rb")
+
+
+def lines(path: Path, flag: str, encoding: str = "utf-8", errors: str = "strict") -> Iterator[tuple[int, str]]:
+    """(number, line without its end) of every line that is not blank.
+
+    errors: what other bytes become, as in `bytes.decode`; "strict" raises a `UserError` that names the line.
+    """
+    with open_binary(require_text(path, flag)) as f:
+        number = 0
+        try:
+            for number, line in enumerate(f, start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield number, line.decode(encoding, errors).rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}, line {number}: found the byte 0x{error.object[error.start]:02x}, which is not UTF-8 there; "
+                "save the file as UTF-8"
+            ) from None
+        except (EOFError, gzip.BadGzipFile, gzip.zlib.error):
+            raise UserError(f"{path}: the gzip file ends after line {number}; download it again") from None
+
+
+# ------------------------------------------------------------------------------------------------ delimited files
+
+
+def scan_delimited(path: Path, flag: str, separator: str, quote_char: str | None, header: list[str] | None = None):
+    """A lazy frame of strings, its names cut at a colon (RecBole's `name:type`). header: of a file without one."""
+    require_text(path, flag)
+    names = {} if header is None else {"has_header": False, "schema": dict.fromkeys(header, pl.String)}
+    lazy = pl.scan_csv(path, separator=separator, quote_char=quote_char, infer_schema=False, glob=False, **names)
+    try:
+        found = lazy.collect_schema().names()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(f"{path}: {_reason(path, separator, quote_char, error)}") from None
+    if twice := [name for name in found if f"{name}_duplicated_0" in found]:
+        raise UserError(f"{path}: column {twice[0]!r} is there twice; remove one")
+    return lazy if header else lazy.rename({name: name.split(":")[0].strip("\ufeff") for name in found})
+
+
+def read_log(
+    path: Path,
+    flag: str,
+    columns: Columns,
+    faults: Faults,
+    *,
+    separator: str = ",",
+    quote_char: str | None = '"',
+    header: list[str] | None = None,
+    unit: str = "",
+    earliest: int = 0,
+) -> tuple[pl.DataFrame, str]:
+    """(log, unit of its times): columns user, item (Categorical), time and rating of a delimited file, in file order.
+
+    unit: of the times; empty: told by their size; "date": texts like 2016-10-31. earliest: seconds; where the unit is one
+    of time, other times must be later than that and before 2100. header: names of the columns of a file without a header.
+    Without a time column all times are 0.
+    """
+    lazy = scan_delimited(path, flag, separator, quote_char, header)
+    require_columns(lazy, columns, path, flag)
+    first = 1 if header else 2
+
+    def cell(row: int, name: str) -> str:
+        found = lazy.slice(row, 1).select(name).collect().item() or ""
+        return f"{path}, row {row + first}, column {name}: found {found[:60]!r}"
+
+    try:
+        return usable(lazy, columns, faults, cell, unit, earliest, _all_null())
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(f"{path}, {_reason(path, separator, quote_char, error)}; repair it or check --{flag}") from None
+
+
+def require_columns(lazy: pl.LazyFrame, columns: Columns, path: Path, flag: str) -> None:
+    """Raise `UserError` for a column that is not there."""
+    found = lazy.collect_schema().names()
+    for name in columns:
+        if name and name not in found:
+            raise UserError(f"{path}: no column {name!r}, found {found[:20]}; check --{flag}")
+
+
+def _all_null() -> pl.Expr:
+    """Blank lines. Polars notices a row with a cell too many only where all columns are read, as here."""
+    return pl.all_horizontal(pl.all().is_null())
+
+
+def usable(
+    lazy: pl.LazyFrame,
+    columns: Columns,
+    faults: Faults,
+    cell: Callable[[int, str], str],
+    unit: str,
+    earliest: int = 0,
+    blank: pl.Expr | None = None,
+) -> tuple[pl.DataFrame, str]:
+    """(log, unit of its times): the usable rows of a lazy frame; the others are added to `faults`.
+
+    cell(row, column) says where a cell is and what it holds. blank: rows that are no records.
+    """
+    blank = pl.lit(False) if blank is None else blank
+    chosen = _expressions(lazy, columns, unit)
+    table = lazy.select(*chosen, blank=blank).collect(engine="streaming")
+    blank = table["blank"]
+    table = table.drop("blank")
+    unit = "us" if unit == "date" else unit
+    faults.records += len(table) - int(blank.sum())
+    if not columns.time:
+        unit = ""
+    elif not unit:
+        unit = unit_of(table["time"])
+    bad = blank.clone()
+    checks = [("user", "an id"), ("item", "an id"), ("time", "a time stamp"), ("rating", "a number")]
+    for name, expected in checks:
+        if name not in table.columns:
+            continue
+        wrong = table[name].is_null()
+        if name in ("time", "rating") and table[name].dtype == pl.Float64:
+            wrong |= ~table[name].is_finite().fill_null(False)
+        if name == "time" and columns.time:
+            expected = f"a time stamp in {unit}" if unit in UNITS else "a number"
+            if unit in UNITS and earliest:
+                wrong |= ~table["time"].is_between(earliest * UNITS[unit], LATEST * UNITS[unit]).fill_null(False)
+        wrong &= ~bad
+        if count := int(wrong.sum()):
+            row = int(wrong.arg_true()[0])
+            column = getattr(columns, name)
+            faults.add(f"no valid {name}", count, f"{cell(row, column)}, expected {expected}")
+        bad |= wrong
+    return (table.filter(~bad) if bad.any() else table), unit
+
+
+def _expressions(lazy: pl.LazyFrame, columns: Columns, unit: str) -> list[pl.Expr]:
+    """user, item, time and rating as one of their types each, null where a cell is none."""
+    schema = lazy.collect_schema()
+    ids = [
+        pl.col(getattr(columns, name)).cast(pl.String).replace("", None).cast(pl.Categorical(pl.Categories.random()))
+        for name in ("user", "item")
+    ]
+    chosen = [expression.alias(name) for name, expression in zip(("user", "item"), ids, strict=True)]
+    time = pl.col(columns.time) if columns.time else None
+    if time is None:
+        chosen.append(pl.lit(0, pl.Int64).alias("time"))
+    elif schema[columns.time].is_temporal():
+        chosen.append(time.cast(pl.Datetime("us")).to_physical().alias("time"))
+    elif unit == "date":
+        texts = [time.str.strptime(pl.Datetime("us"), form, strict=False) for form in DATES]
+        chosen.append(pl.coalesce(texts).to_physical().alias("time"))
+    else:
+        chosen.append(time.cast(_number_type(lazy, columns.time), strict=False).alias("time"))
+    if columns.rating:
+        chosen.append(pl.col(columns.rating).cast(pl.Float64, strict=False).alias("rating"))
+    return chosen
+
+
+def _number_type(lazy: pl.LazyFrame, column: str) -> pl.DataType:
+    """Float64; Int64 for nanoseconds, which do not fit into a float."""
+    head = lazy.select(pl.col(column).cast(pl.Int64, strict=False)).head(1000).collect().to_series()
+    return pl.Int64() if (head.max() or 0) > 2**53 else pl.Float64()
+
+
+def _reason(path: Path, separator: str, quote_char: str | None, error: Exception) -> str:
+    """The first row that breaks the rules of the file, in words; else polars' own words."""
+    quoting = csv.QUOTE_MINIMAL if quote_char else csv.QUOTE_NONE
+    limit, row, width = csv.field_size_limit(sys.maxsize), 0, 0
+    try:
+        with open_binary(path) as f, io.TextIOWrapper(f, encoding="utf-8", newline="") as text:
+            reader = csv.reader(text, delimiter=separator, quotechar=quote_char or '"', quoting=quoting, strict=True)
+            for row, cells in enumerate(reader, start=1):
+                width = width or len(cells)
+                if cells and len(cells) > width:
+                    return f"row {row}: found {len(cells)} cells, expected {width}"
+    except csv.Error as wrong:
+        return f"row {row + 1}: found a cell whose quotes are not closed or not doubled ({wrong})"
+    except UnicodeDecodeError:
+        for number, _ in lines(path, "file"):  # raises, and names the line
+            row = number
+    finally:
+        csv.field_size_limit(limit)
+    return f"the table cannot be read ({str(error).splitlines()[0]})"

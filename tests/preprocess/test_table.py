@@ -1,0 +1,193 @@
+"""Tables: CSV, TSV, gzip and parquet give the same files; times in any unit; what is wrong is one line with its row."""
+
+import gzip
+import json
+
+import polars as pl
+import pytest
+from helpers import run_stage
+
+from minionerec.common.errors import UserError
+from preprocess.table import Options, main
+
+ROWS = [("ann", "x", 30), ("ann", "y", 10), ("bob", "x", 10), ("ann", "z", 30), ("bob", "z", 20), ("bob", "y", 30)]
+EXPECTED = {"train": [], "valid": ["0\t1\t0", "1\t0\t2"], "test": ["0\t1 0\t2", "1\t0 2\t1"]}
+UNITS = {"s": 10**9, "ms": 10**12, "us": 10**15, "ns": 10**18}
+
+
+def options(path, folder, **changes):
+    return Options(file=str(path), output_dir=str(folder / "out"), dataset_name="t", **changes)
+
+
+def inter(folder) -> dict:
+    read = {split: (folder / "out" / f"t.{split}.inter").read_text().splitlines()[1:] for split in EXPECTED}
+    return {split: sorted(rows) for split, rows in read.items()}
+
+
+def stats(folder) -> dict:
+    return json.loads((folder / "out" / "t.stats.json").read_text())
+
+
+def csv_of(rows=ROWS, separator=",", header="user_id,item_id,timestamp") -> str:
+    lines = [header.replace(",", separator)] if header else []
+    return "\n".join([*lines, *(separator.join(map(str, row)) for row in rows)]) + "\n"
+
+
+FORMS = {
+    "t.csv": lambda path: path.write_text(csv_of()),
+    "t.tsv": lambda path: path.write_text(csv_of(separator="\t")),
+    "t.csv.gz": lambda path: path.write_bytes(gzip.compress(csv_of().encode())),
+    "t.parquet": lambda path: pl.DataFrame(
+        ROWS, schema=["user_id", "item_id", "timestamp"], orient="row"
+    ).write_parquet(path),
+    "a[b]*.csv": lambda path: path.write_bytes(b"\xef\xbb\xbf" + csv_of().replace("\n", "\r\n").encode()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms(tmp_path, name):
+    FORMS[name](tmp_path / name)
+    main(options(tmp_path / name, tmp_path))
+    assert inter(tmp_path) == EXPECTED and stats(tmp_path)["time"]["unit"] == "order"
+
+
+def test_named_columns_and_separators(tmp_path):
+    (tmp_path / "t.dat").write_text(csv_of(separator=";", header=""))
+    main(options(tmp_path / "t.dat", tmp_path, column_names=["u", "i", "t"], separator="semicolon", user_column="u",
+                 item_column="i", time_column="t"))  # fmt: skip
+    assert inter(tmp_path) == EXPECTED
+
+
+@pytest.mark.parametrize("unit", [*UNITS, "date", "parquet dates"])
+def test_units(tmp_path, unit):
+    """Times that differ by one unit keep their order, and dates filter."""
+    start = UNITS.get(unit, 0)
+    rows = [(user, item, start + time) for user, item, time in ROWS]
+    if not start:
+        rows = [(user, item, f"2001-09-{time:02}") for user, item, time in ROWS]
+    path = tmp_path / "t.csv"
+    path.write_text(csv_of(rows))
+    if unit == "parquet dates":
+        path = tmp_path / "t.parquet"
+        table = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+        table.with_columns(pl.col("timestamp").str.to_date()).write_parquet(path)
+    main(
+        options(path, tmp_path, time_unit="date" if unit == "date" else "auto", from_time="2001-09-09", to_time="2002")
+    )
+    assert inter(tmp_path) == EXPECTED
+    time = stats(tmp_path)["time"]
+    assert time["unit"] == (unit if start else "us") and time["first"].startswith("2001-09-")
+
+
+def test_splits_in_time_and_ratings(tmp_path):
+    rows = [(f"u{i % 7}", f"i{i % 5}", 10**9 + i, 1 + i % 5) for i in range(100)]
+    (tmp_path / "t.csv").write_text(csv_of(rows, header="user_id,item_id,timestamp,rating"))
+    main(options(tmp_path / "t.csv", tmp_path, split="chronological", min_rating=3))
+    found = stats(tmp_path)
+    assert [step["interactions"] for step in found["steps"]] == [100, 60]
+    assert found["split"]["samples"] == {"train": 42, "valid": 5, "test": 6}
+    assert found["split"]["test_targets_before_train_targets_of_others"] == 0
+    main(options(tmp_path / "t.csv", tmp_path, split="time", overwrite=True))
+    assert stats(tmp_path)["split"]["samples"] == {"train": 74, "valid": 9, "test": 10}
+
+
+def test_the_leak_warning(tmp_path, capsys):
+    """User b ends before user a's train targets."""
+    rows = [("a", item, 10 + item) for item in range(6)] + [("b", item, item) for item in range(4)]
+    (tmp_path / "t.csv").write_text(csv_of(rows))
+    main(options(tmp_path / "t.csv", tmp_path))
+    assert (
+        "warning: 1 of 2 test targets (50.0%) are earlier than a train target of another user"
+        in capsys.readouterr().out
+    )
+
+
+def test_repeats_with_the_same_time(tmp_path):
+    rows = [("a", "x", 1), ("a", "x", 1), ("a", "y", 2), ("a", "x", 3), ("a", "x", 2)]
+    (tmp_path / "t.csv").write_text(csv_of(rows))
+    for drop, left in (("none", 5), ("same_time", 4), ("all", 2)):
+        try:
+            main(options(tmp_path / "t.csv", tmp_path, drop_repeats=drop, overwrite=True))
+            assert stats(tmp_path)["interactions"] == left
+        except UserError as error:
+            assert drop == "all" and "none of 1 users has 3" in str(error)
+
+
+def test_item_tables(tmp_path):
+    (tmp_path / "t.csv").write_text(csv_of())
+    (tmp_path / "i.csv").write_text('item_id,name,genre\nx,"A, ""b""\tc",G\ny,漢字,\nz,\x07C&#39;s,H\nunused,U,\n')
+    main(options(tmp_path / "t.csv", tmp_path, items_file=str(tmp_path / "i.csv"), categories_column="genre"))
+    items = json.loads((tmp_path / "out" / "t.item.json").read_text())
+    assert [items[str(i)]["title"] for i in range(3)] == ['A, "b" c', "漢字", "C's"] and items["0"]["categories"] == "G"
+    table = pl.DataFrame({"item_id": ["x", "y", "z"], "title": ["A", "B", "C"], "tags": [["p", "q"], [], ["r"]]})
+    table.write_parquet(tmp_path / "i.parquet")
+    main(options(tmp_path / "t.csv", tmp_path, items_file=str(tmp_path / "i.parquet"), overwrite=True))
+    items = json.loads((tmp_path / "out" / "t.item.json").read_text())
+    assert items["0"] == {"title": "A", "description": "", "brand": "", "categories": "p, q"}
+
+
+GOOD = csv_of()
+BAD = {
+    "an empty file": (b"", {}, "t.csv: the file is empty"),
+    "no such column": (GOOD, {"time_column": "when"}, "t.csv: no column 'when', found ['user_id', 'item_id', 'timestamp']"),
+    "a cell too many": (GOOD + "a,b,1,2\n", {}, "t.csv, row 8: found 4 cells, expected 3"),
+    "no item": (GOOD + "a,,1\n", {}, "t.csv, row 8, column item_id: found '', expected an id (1 of 7 records"),
+    "no time": (GOOD + "a,b\n", {}, "t.csv, row 8, column timestamp: found ''"),
+    "a word as time": (GOOD + "a,b,noon\n", {}, "row 8, column timestamp: found 'noon', expected a number"),
+    "an endless time": (GOOD + "a,b,inf\n", {}, "row 8, column timestamp: found 'inf'"),
+    "no date": (csv_of([("a", "b", "2016-02-30")]), {"time_unit": "date"}, "row 2, column timestamp: found '2016-02-30'"),
+    "a time after 2100": (GOOD + "a,b,99999999999\n", {"time_unit": "s"}, "found '99999999999', expected a time stamp in s"),
+    "a negative time": (GOOD + "a,b,-5\n", {"time_unit": "s"}, "found '-5', expected a time stamp in s"),
+    "latin-1": (GOOD.encode() + b"\xe9,b,1\n", {}, "t.csv, line 8: found the byte 0xe9"),
+    "half a gzip file": (gzip.compress(GOOD.encode())[:20], {}, "t.csv: found a broken gzip file"),
+    "an open quote": (GOOD + 'a,"b,1\n', {}, "t.csv, row 8"),
+    "half a parquet file": (b"PAR1xxxx", {}, "not readable as parquet"),
+    "no ratings": (GOOD, {"min_rating": 3.0}, "t.csv: no column 'rating'"),
+    "what looks like zlib": (b"x\x01,item_id,timestamp\n", {}, "t.csv: the table cannot be read"),
+    "a column twice": ("user_id,item_id,timestamp,timestamp\na,b,1,2\n", {}, "t.csv"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_tables(tmp_path, case):
+    data, changes, found = BAD[case]
+    (tmp_path / "t.csv").write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(UserError) as refused:
+        main(options(tmp_path / "t.csv", tmp_path, **changes))
+    assert found in str(refused.value) and "\n" not in str(refused.value)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["t.preprocess.run.json"]
+
+
+@pytest.mark.parametrize(
+    "text, changes, found",
+    [
+        ("item_id,title\nx,A\nx,B\n", {}, "i.csv, row 3, column item_id: found 'x', expected each item once"),
+        ("item_id,label\nx,A\n", {}, "i.csv: no column of titles, found ['item_id', 'label']; give --title_column"),
+        ("id,title\nx,A\n", {}, "i.csv: no column 'item_id'"),
+        ("item_id,title\nx,A\n", {"brand_column": "b"}, "i.csv: no column 'b'"),
+        ("item_id,title\nx,A\n", {}, "4 interactions are of items without a title, the first of item y"),
+    ],
+)
+def test_bad_item_tables(tmp_path, text, changes, found):
+    (tmp_path / "t.csv").write_text(GOOD)
+    (tmp_path / "i.csv").write_text(text)
+    with pytest.raises(UserError) as refused:
+        main(options(tmp_path / "t.csv", tmp_path, items_file=str(tmp_path / "i.csv"), **changes))
+    assert found in str(refused.value)
+
+
+def test_a_share_of_bad_records_is_left_out(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text(GOOD + "a,,1\nb,x,noon\n\n,x,1\n")
+    main(options(tmp_path / "t.csv", tmp_path, max_bad=0.5))
+    found = {fault["reason"]: (fault["records"], fault["first"]) for fault in stats(tmp_path)["left_out"]}
+    assert {reason: count for reason, (count, _) in found.items()} == {
+        "no valid user": 1, "no valid item": 1, "no valid time": 1,
+    }  # fmt: skip
+    assert "row 11, column user_id" in found["no valid user"][1] and inter(tmp_path) == EXPECTED
+    assert capsys.readouterr().out.count("left out: 1 records, no valid ") == 3
+
+
+def test_the_command(tmp_path):
+    (tmp_path / "t.csv").write_text(GOOD)
+    done = run_stage("preprocess.table", "--file", tmp_path / "t.csv", "--output_dir", tmp_path / "out")
+    assert "train: 0 samples" in done.stdout and (tmp_path / "out" / "t.stats.json").exists()
