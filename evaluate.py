@@ -176,7 +176,9 @@ def search(options: Options, process, settings, data, rows, model, tokenizer, pa
 
     trie = data.catalog.trie(tokenizer).to(model.device)
     if options.max_new_tokens < trie.depth:
-        raise UserError(f"--max_new_tokens {options.max_new_tokens}: the catalog's SIDs have up to {trie.depth} tokens")
+        raise UserError(
+            f"--max_new_tokens {options.max_new_tokens}: the catalog's SIDs have up to {trie.depth} tokens; raise it"
+        )
     prompts = Prompts(template_of(options.base_model, options.prompt_template), settings.category)
     exclusions = {"all": None}
     if options.unseen:
@@ -258,15 +260,26 @@ def write(options: Options, outputs: Outputs, settings, data, rows, found: Mappi
     )
 
 
-def blend(options: Options, outputs: Outputs, settings, data, rows, model, tokenizer) -> None:
-    """Rank the test rows by the blend with --blend_path, with weights chosen on valid, and write metrics and ranks."""
-    from data import Prompts, drawn, load, next_sid_prompts, template_of
+def read_blend(options: Options, settings, data) -> tuple[list, object]:
+    """(the models of --blend_path, the rows that choose their weights or None), read before anything is decoded."""
+    from data import drawn, load
     from minionerec.baselines.models import load_checkpoint
+
+    baselines = [load_checkpoint(path, "blend_path", data.catalog.n_items) for path in options.blend_path]
+    if not baselines or options.blend_weight != ["auto"]:
+        return baselines, None
+    files = {"info_file": options.info_file, "valid": options.blend_valid_file}
+    valid = load(**files, max_history=settings.max_history, flags={"valid": "blend_valid_file"}).valid
+    return baselines, drawn(valid, options.blend_rows, options.seed)
+
+
+def blend(options: Options, outputs: Outputs, settings, data, rows, model, tokenizer, baselines, valid) -> None:
+    """Rank the test rows by the blend with `baselines`, with weights chosen on `valid`, and write metrics and ranks."""
+    from data import Prompts, next_sid_prompts, template_of
     from minionerec.evaluation import blend, protocols
 
     trie = data.catalog.trie(tokenizer).to(model.device)
     prompts = Prompts(template_of(options.base_model, options.prompt_template), settings.category)
-    baselines = [load_checkpoint(path, "blend_path", data.catalog.n_items) for path in options.blend_path]
 
     def candidates(rows):
         texts = next_sid_prompts(rows, data.items, prompts)
@@ -274,12 +287,7 @@ def blend(options: Options, outputs: Outputs, settings, data, rows, model, token
         return blend.collect(model, tokenizer, trie, texts, seen, baselines, data.catalog, count=options.num_beams)
 
     headline = protocols.headline(data.train)
-    if options.blend_weight == ["auto"]:
-        flags = {"valid": "blend_valid_file"}
-        files = {"info_file": options.info_file, "valid": options.blend_valid_file}
-        valid = drawn(
-            load(**files, max_history=settings.max_history, flags=flags).valid, options.blend_rows, options.seed
-        )
+    if valid is not None:
         weights = blend.choose_weights(candidates(valid)[headline], valid["target"].to_numpy())
     else:
         weights = tuple(map(float, options.blend_weight))
@@ -325,13 +333,14 @@ def main(options: Options) -> None:
 
     process = process or join_processes()
     settings, data, rows = read(options)
+    to_blend = read_blend(options, settings, data)
     model, tokenizer = load_model_and_tokenizer(options, process.device)
     found = search(options, process, settings, data, rows, model, tokenizer, outputs.parts, record.resume)
     if not process.is_main_process:
         return
     write(options, outputs, settings, data, rows, found)
     if options.blend_path:
-        blend(options, outputs, settings, data, rows, model, tokenizer)
+        blend(options, outputs, settings, data, rows, model, tokenizer, *to_blend)
     record.record["processes"] = process.num_processes
     record.finish()
     remove_parts(outputs.parts)

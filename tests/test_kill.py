@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import write_encoder
 from zygote import Zygote
 
 KILLS = 20
@@ -41,19 +42,6 @@ def made(zygote, world, base_model, tmp_path_factory):
         status, _ = zygote.run(stage, options, folder / f"{name}.log")
         assert status == 0, (folder / f"{name}.log").read_text()[-3000:]
     return folder
-
-
-def write_encoder(folder: Path) -> None:
-    """A two-layer BERT of width 16 that knows a few words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    words = ["[PAD]", "[UNK]", "Item", "number", "best"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------ the stages

@@ -138,10 +138,7 @@ def begin(
         if existing:
             reason = difference(found, identity) if found else f"{existing[0].name} was not made by this stage"
             if not getattr(options, "overwrite", False):
-                raise UserError(
-                    f"{folder or existing[0]}: holds another result ({reason}); choose another output, or "
-                    "--overwrite True to move the old one aside"
-                )
+                raise _taken(folder or existing[0], reason)
             moved = move_aside(existing, folder)
             print(f"the old result ({reason}) moves to {target_of(moved, folder)}")
     seconds = found.get("seconds_before", 0) if state == "resume" else 0
@@ -159,6 +156,19 @@ def begin(
     run = Run(state, path, new, files, writes, (folder, writes, files), before, moved, made)
     WITHDRAWALS.append(run.withdraw)
     return run
+
+
+def refuse_unknown(options, *files: str | Path) -> None:
+    """Raise `UserError` for a file without a record: what a later stage of a command would refuse, before its first one."""
+    for file in map(Path, files):
+        if file.exists() and not file.with_suffix(".run.json").exists() and not options.overwrite:
+            raise _taken(file, f"{file.name} was not made by this stage")
+
+
+def _taken(place: str | Path, reason: str) -> UserError:
+    return UserError(
+        f"{place}: holds another result ({reason}); choose another output, or --overwrite True to move the old one aside"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ identity
