@@ -71,7 +71,9 @@ STAGE_FILE = {stage: module for stage, (module, _) in bench.STAGES.items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.stage}-{case.kind}-{i}" for i, case in enumerate(CASES)])
-def test_one_line_and_nothing_left_behind(case, here):
+def test_one_line_and_nothing_left_behind(case, here, record_property):
+    record_property("stage", case.stage)
+    record_property("kind", case.kind)
     if case.damage:
         case.damage()
     before = snapshot(here)
