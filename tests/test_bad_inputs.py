@@ -1,7 +1,8 @@
 """Every stage under bad input: one table over wrong options and damaged files.
 
 Invariants: exit code 2; one printable line on stderr, which begins with `error: `, names the file, row, key or option,
-says what was found or expected and what to do; the folder is as it was before. The commands without the damage run.
+says what was found or expected and what to do; the folder is as it was before. The commands without the damage run, and
+give the same bytes twice.
 """
 
 import contextlib
@@ -86,9 +87,20 @@ def test_one_line_and_nothing_left_behind(case, here, record_property):
     assert snapshot(here) == before
 
 
+NOT_REPEATED = ("run.json", "training_args.bin", "trainer_state.json", "results.json")  # they hold times
+
+
 @pytest.mark.parametrize("stage", bench.STAGES)
-def test_the_commands_run_without_the_damage(stage, here):
-    bench.call(stage, {})
+def test_the_commands_without_the_damage_give_the_same_bytes_twice(stage, original, tmp_path, monkeypatch, capsys):
+    found = []
+    for name in ("one", "two"):
+        shutil.copytree(original, tmp_path / name / "x")
+        monkeypatch.chdir(tmp_path / name / "x")
+        bench.call(stage, {})
+        written = snapshot(Path())
+        printed = capsys.readouterr().out if stage in ("recommend", "report") else ""
+        found.append(printed + repr({path: data for path, data in written.items() if not path.endswith(NOT_REPEATED)}))
+    assert found[0] == found[1]
 
 
 def test_the_table_is_large_and_covers_every_stage():
