@@ -105,7 +105,7 @@ def test_users_with_one_interaction(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_million_items(tmp_path, monkeypatch, capsys):
-    """Stage 2 (codebooks, index, report), stage 3, a baseline, a training step and a recommendation."""
+    """Stage 2 (codebooks, index, report), stage 3, a training step of SFT and a recommendation."""
     monkeypatch.chdir(tmp_path)
     n = 1_000_000
     rng = np.random.default_rng(0)
@@ -119,7 +119,6 @@ def test_a_million_items(tmp_path, monkeypatch, capsys):
     for split in SPLITS:
         Path(f"toy.{split}.inter").write_text(f"user_id:token\titem_id_list:token_seq\titem_id:token\n{lines}\n")
     call("convert_dataset", output_dir=".")
-    call("sasrec", model="popularity", output_dir="popularity")
     Path("small.item.json").write_text(json.dumps(dict(list(items.items())[:100])))
     call("base_model", output_dir="base", item_meta_path="small.item.json")
     call("sft", output_dir="sft", num_epochs=1)

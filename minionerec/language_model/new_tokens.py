@@ -16,6 +16,7 @@ from minionerec.catalog.items import Items
 from minionerec.catalog.sids import SID_TOKEN, canonical_sid, level_token
 from minionerec.common.errors import UserError
 
+CHECKED = 20_000  # SIDs that `require_sid_tokens` tokenises
 BLOCK = 8192  # rows of an embedding that are centred at once
 
 
@@ -150,9 +151,13 @@ def _means_by_token(rows: torch.Tensor, titles: list[list[int]], sids: list[list
 def require_sid_tokens(tokenizer, sids: Sequence[str]) -> None:
     """Raise `UserError` unless each SID is its level tokens, as a whole text and inside a prompt, and decodes to itself.
 
-    sids: distinct SIDs, as `Catalog.sids`.
+    sids: distinct SIDs, as `Catalog.sids`. Of more than `CHECKED` SIDs, that many are tried, and one for each level token.
     """
     levels = [[match.group() for match in SID_TOKEN.finditer(sid)] for sid in sids]
+    if len(sids) > CHECKED:
+        first = {token: row for row in reversed(range(len(levels))) for token in levels[row]}
+        rows = sorted({*first.values(), *range(0, len(sids), len(sids) // CHECKED)})
+        sids, levels = [sids[row] for row in rows], [levels[row] for row in rows]
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in {token for sid in levels for token in sid}}
     backend, known = tokenizer.backend_tokenizer, set(ids.values())
     for form in ("{}", "Items:\n{} \nAnswer:\n"):
