@@ -9,11 +9,12 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from tokenizers import AddedToken
 
 from minionerec.catalog.items import Items
-from minionerec.catalog.sids import SID_TOKEN, canonical_sid, level_token
+from minionerec.catalog.sids import SID_TOKEN, canonical_sid, level_codes, level_token
 from minionerec.common.errors import UserError
 
 CHECKED = 20_000  # SIDs that `require_sid_tokens` tokenises
@@ -153,11 +154,12 @@ def require_sid_tokens(tokenizer, sids: Sequence[str]) -> None:
 
     sids: distinct SIDs, as `Catalog.sids`. Of more than `CHECKED` SIDs, that many are tried, and one for each level token.
     """
-    levels = [[match.group() for match in SID_TOKEN.finditer(sid)] for sid in sids]
     if len(sids) > CHECKED:
-        first = {token: row for row in reversed(range(len(levels))) for token in levels[row]}
-        rows = sorted({*first.values(), *range(0, len(sids), len(sids) // CHECKED)})
-        sids, levels = [sids[row] for row in rows], [levels[row] for row in rows]
+        _, codes = level_codes(sids)  # (sids, levels)
+        _, first = np.unique(codes, return_index=True)
+        rows = sorted({*(first // codes.shape[1]).tolist(), *range(0, len(sids), len(sids) // CHECKED)})
+        sids = [sids[row] for row in rows]
+    levels = [[match.group() for match in SID_TOKEN.finditer(sid)] for sid in sids]
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in {token for sid in levels for token in sid}}
     backend, known = tokenizer.backend_tokenizer, set(ids.values())
     for form in ("{}", "Items:\n{} \nAnswer:\n"):
