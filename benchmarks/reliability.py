@@ -37,6 +37,7 @@ OTHERS = {  # file -> what its tests show
     "tests/test_hostile_data.py": "hostile data through every stage",
     "tests/test_sizes.py": "catalogs of 1, 2 and 1,000,000 items; histories of 0 and 10,000; users with one interaction",
 }
+PARTS = {"kills": [KILL], "bad_input": [BAD], "fuzzing": [FUZZ], "processes": [*TWO_PROCESSES], "others": [*OTHERS]}
 QUICK = {
     KILL: "convert_dataset",
     BAD: "report",
@@ -54,10 +55,12 @@ class Options(StageOptions):
     output_file: str = option("docs/reliability.md", "the page", role=OUTPUT)
     kills: int = option(20, "kills of each stage")
     fuzz_examples: int = option(60, "files of each kind that the fuzz tests try per test")
+    parts: list[str] = option([*PARTS], f"some of {', '.join(PARTS)}; the page says which were left out")
     quick: bool = option(False, "a few tests of each part only")
 
     def __post_init__(self):
         super().__post_init__()
+        self.check(parts=(set(self.parts) <= set(PARTS), f"some of {', '.join(PARTS)}"))
         self.at_least(1, "kills", "fuzz_examples")
 
 
@@ -77,10 +80,10 @@ class Result(NamedTuple):
 
 def run_tests(options: Options) -> list[Result]:
     """The results of all tests of the page."""
-    files = [KILL, BAD, FUZZ, *TWO_PROCESSES, *OTHERS]
+    files = [file for part in options.parts for file in PARTS[part]]
     selection = []
     if options.quick:
-        files = list(QUICK)
+        files = [file for file in QUICK if any(file in PARTS[part] for part in options.parts)]
         selection = ["-k", " or ".join(f"({Path(file).name} and {part})" for file, part in QUICK.items())]
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
@@ -174,26 +177,26 @@ def other_section(results: list[Result]) -> str:
     return f"## Also\n\n{table(('what', 'tests', 'passed', 'failed', 'skipped'), rows)}"
 
 
-def page(results: list[Result], commit: str) -> str:
-    """The whole page."""
+def page(results: list[Result], commit: str, parts: Iterable[str] = PARTS) -> str:
+    """The whole page, with the sections of `parts`."""
 
     def of(*files: str) -> list[Result]:
         return [result for result in results if result.file in files or result.test in files]
 
     machine = f"{os.cpu_count()} cores ({platform.machine()})"
     failed = [f"- `{result.file}::{result.name}`" for result in results if result.outcome == "failed"]
-    parts = [
+    sections = {"kills": kill_section, "bad_input": bad_input_section, "fuzzing": fuzz_section}
+    sections |= {"processes": process_section, "others": other_section}
+    left_out = [part for part in PARTS if part not in parts]
+    texts = [
         EXPLAINED,
-        f"Commit {commit}, {datetime.date.today()}, {machine}, {len(results)} tests, {len(failed)} failed.\n",
-        kill_section(of(KILL)),
-        bad_input_section(of(BAD)),
-        fuzz_section(of(FUZZ)),
-        process_section(of(*TWO_PROCESSES)),
-        other_section(of(*OTHERS)),
+        f"Commit {commit}, {datetime.date.today()}, {machine}, {len(results)} tests, {len(failed)} failed."
+        + (f" Left out: {', '.join(left_out)}." if left_out else ""),
+        *(sections[part](of(*PARTS[part])) for part in PARTS if part in parts),
     ]
     if failed:
-        parts.append("## Failed\n\n" + "\n".join(failed))
-    return "\n".join(part if part.endswith("\n") else part + "\n" for part in parts)
+        texts.append("## Failed\n\n" + "\n".join(failed))
+    return "\n".join(f"{text.rstrip()}\n" for text in texts)
 
 
 def commit_of() -> str:
@@ -207,7 +210,7 @@ def main(options: Options) -> None:
     commit = commit_of()
     results = run_tests(options)
     with atomic_file(options.output_file) as f:
-        f.write(page(results, commit))
+        f.write(page(results, commit, options.parts))
     failed = [result for result in results if result.outcome == "failed"]
     print(f"wrote {options.output_file}: {len(results)} tests, {len(failed)} failed")
     if failed:
