@@ -176,7 +176,9 @@ def search(options: Options, process, settings, data, rows, model, tokenizer, pa
 
     trie = data.catalog.trie(tokenizer).to(model.device)
     if options.max_new_tokens < trie.depth:
-        raise UserError(f"--max_new_tokens {options.max_new_tokens}: the catalog's SIDs have up to {trie.depth} tokens")
+        raise UserError(
+            f"--max_new_tokens {options.max_new_tokens}: the catalog's SIDs have up to {trie.depth} tokens; raise it"
+        )
     prompts = Prompts(template_of(options.base_model, options.prompt_template), settings.category)
     exclusions = {"all": None}
     if options.unseen:
@@ -258,16 +260,24 @@ def write(options: Options, outputs: Outputs, settings, data, rows, found: Mappi
     )
 
 
-def blend_weights_of(options: Options, settings, data, candidates) -> tuple:
-    """(the `UserWeights` of --blend_weight, what the metrics hold of them). candidates: from rows to `Candidates`."""
+def read_blend(options: Options, settings, data) -> tuple[list, object]:
+    """(the models of --blend_path, the rows that choose their weights or None), read before anything is decoded."""
     from data import drawn, load
+    from minionerec.baselines.models import load_checkpoint
+
+    baselines = [load_checkpoint(path, "blend_path", data.catalog.n_items) for path in options.blend_path]
+    if not baselines or not options.chooses_weights:
+        return baselines, None
+    files = {"info_file": options.info_file, "valid": options.blend_valid_file}
+    valid = load(**files, max_history=settings.max_history, flags={"valid": "blend_valid_file"}).valid
+    return baselines, drawn(valid, options.blend_rows, options.seed)
+
+
+def blend_weights_of(options: Options, data, candidates, valid) -> tuple:
+    """(the `UserWeights` of --blend_weight, what the metrics hold of them). candidates: from rows to `Candidates`."""
     from minionerec.evaluation import blend_weights, protocols
 
     if options.chooses_weights:
-        flags = {"valid": "blend_valid_file"}
-        files = {"info_file": options.info_file, "valid": options.blend_valid_file}
-        valid = load(**files, max_history=settings.max_history, flags=flags).valid
-        valid = drawn(valid, options.blend_rows, options.seed)
         known = candidates(valid)[protocols.headline(data.train)], valid["target"].to_numpy()
         if options.blend_weight == ["user"]:
             choice = blend_weights.choose_user_weights(*known, options.seed)
@@ -278,22 +288,20 @@ def blend_weights_of(options: Options, settings, data, candidates) -> tuple:
     return blend_weights.UserWeights((weights,)), {"weights": weights}
 
 
-def blend(options: Options, outputs: Outputs, settings, data, rows, model, tokenizer) -> None:
-    """Rank the test rows by the blend with --blend_path, with weights chosen on valid, and write metrics and ranks."""
+def blend(options: Options, outputs: Outputs, settings, data, rows, model, tokenizer, baselines, valid) -> None:
+    """Rank the test rows by the blend with `baselines`, with weights chosen on `valid`, and write metrics and ranks."""
     from data import Prompts, next_sid_prompts, template_of
-    from minionerec.baselines.models import load_checkpoint
     from minionerec.evaluation import blend, protocols
 
     trie = data.catalog.trie(tokenizer).to(model.device)
     prompts = Prompts(template_of(options.base_model, options.prompt_template), settings.category)
-    baselines = [load_checkpoint(path, "blend_path", data.catalog.n_items) for path in options.blend_path]
 
     def candidates(rows):
         texts = next_sid_prompts(rows, data.items, prompts)
         seen = rows["seen"].to_list()
         return blend.collect(model, tokenizer, trie, texts, seen, baselines, data.catalog, count=options.num_beams)
 
-    weights, chosen = blend_weights_of(options, settings, data, candidates)
+    weights, chosen = blend_weights_of(options, data, candidates, valid)
     found, targets = candidates(rows), rows["target"].to_list()
     ranks = {name: blend.ranked(each, weights.of(each), targets, data.catalog) for name, each in found.items()}
     protocols.write_ranks(outputs.blend_ranks, ranks)
@@ -340,13 +348,14 @@ def main(options: Options) -> None:
 
     process = process or join_processes()
     settings, data, rows = read(options)
+    to_blend = read_blend(options, settings, data)
     model, tokenizer = load_model_and_tokenizer(options, process.device)
     found = search(options, process, settings, data, rows, model, tokenizer, outputs.parts, record.resume)
     if not process.is_main_process:
         return
     write(options, outputs, settings, data, rows, found)
     if options.blend_path:
-        blend(options, outputs, settings, data, rows, model, tokenizer)
+        blend(options, outputs, settings, data, rows, model, tokenizer, *to_blend)
     record.record["processes"] = process.num_processes
     record.finish()
     remove_parts(outputs.parts)

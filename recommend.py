@@ -131,7 +131,9 @@ class Titles:
             close = get_close_matches(self._fold(part[:100]), self.folded, n=3, cutoff=0.4)
             hint = "; ".join(printable(self.titles[self.folded.index(title)]) for title in close)
             words = repr(part.strip()[:60])
-            raise UserError(f"history: no title has the words {words}" + (f"; is it {hint}?" if hint else ""))
+            raise UserError(
+                f"history: no title has the words {words}; " + (f"is it {hint}?" if hint else "give other words")
+            )
         return found[0]
 
 
@@ -154,7 +156,9 @@ def allowed_items(options: Options, titles: Titles) -> set[int] | None:
         found = set(titles.matches(options.title_words))
         allowed = found if allowed is None else allowed & found
     if allowed is not None and not allowed:
-        raise UserError(f"no item is left by --title_words {options.title_words!r} --only_items {options.only_items!r}")
+        raise UserError(
+            f"no item is left by --title_words {options.title_words!r} --only_items {options.only_items!r}; choose others"
+        )
     return allowed
 
 

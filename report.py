@@ -14,6 +14,8 @@ and the seconds in the records of runs. Writes `results.json` there and prints i
 """
 
 import re
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -58,10 +60,24 @@ def read_metrics(folder: Path) -> dict[str, dict]:
     """{model: content of its metrics.json}, baselines first."""
     metrics = {name: read_json(path, "output_dir") for name, path in find(folder, "metrics.json").items()}
     metrics = {name: content for name, content in metrics.items() if isinstance(content.get("item"), dict)}
+    for name, content in metrics.items():
+        check_metrics(find(folder, "metrics.json")[name], content)
     if not metrics:
         raise UserError(f"{folder}: found no metrics of a model, expected files like sft.metrics.json; run run.sh")
     place = {name: number for number, name in enumerate(ORDER)}
     return {name: metrics[name] for name in sorted(metrics, key=lambda name: (place.get(name, len(ORDER)), name))}
+
+
+def check_metrics(path: Path, content: dict) -> None:
+    """Raise `UserError` where a metrics.json lacks what the table reads, or has it in another form."""
+    protocols = [content, *([content["unseen"]] if "unseen" in content else [])]
+    right = content.get("headline", "all") in PROTOCOLS
+    for protocol in protocols:
+        values = protocol.get("item") if isinstance(protocol, dict) else None
+        right = right and isinstance(values, dict) and all(isinstance(x, int | float) for x in values.values())
+        right = right and isinstance(protocol.get("intervals", {}), dict)
+    if not right:
+        raise UserError(f"{path}: not metrics of evaluate.py or sasrec.py; remove it and run that stage again")
 
 
 def read_seconds(folder: Path) -> dict[str, float]:
@@ -92,9 +108,12 @@ def read_ranks(folder: Path, protocol: str) -> dict:
 
     ranks = {}
     for name, path in find(folder, "ranks.npz").items():
-        with np.load(path, allow_pickle=False) as content:
-            if f"{protocol}_item" in content:
-                ranks[name] = content[f"{protocol}_item"]
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                if f"{protocol}_item" in content:
+                    ranks[name] = content[f"{protocol}_item"]
+        except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{path}: a damaged .npz ({error}); remove it and run that stage again") from None
     return ranks
 
 
@@ -113,7 +132,7 @@ def rows_of(metrics: Mapping[str, dict], protocol: str) -> dict[str, dict[str, f
 def headline_of(metrics: Mapping[str, dict]) -> str:
     """`unseen` where every model has that protocol and one has chosen it from train, else `all`."""
     has_both = all("unseen" in content for content in metrics.values())
-    return "unseen" if has_both and any(m["headline"] == "unseen" for m in metrics.values()) else "all"
+    return "unseen" if has_both and any(m.get("headline") == "unseen" for m in metrics.values()) else "all"
 
 
 def compare(ranks: Mapping, baseline: str, seed: int) -> dict[str, dict[str, list[float]]]:

@@ -40,13 +40,14 @@ def standardised(kmeans: Clustering) -> Clustering:
 
 
 def read_checked(options: KMeansOptions) -> np.ndarray:
-    """The embeddings (items, dim); raises `UserError` where they have too many or too few items for the options."""
+    """The embeddings (items, dim); raises `UserError` where the options do not fit them, or the index is a foreign file."""
     embeddings = load_embeddings(options.data_path, item_meta_path=options.item_meta_path)
     if len(embeddings) < options.k:
         raise UserError(
             f"{options.data_path}: n={len(embeddings)} items are fewer than K={options.k} codes of a level; lower --k"
         )
     refuse_small_codebooks([options.k] * options.l, len(embeddings), options.collision)
+    runs.refuse_unknown(options, options.output_file)
     return embeddings
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minionerec.common import runs
 from minionerec.common.embeddings import load_embeddings
 from minionerec.common.errors import UserError
 from minionerec.common.options import INPUT, option, run
@@ -99,6 +100,7 @@ def main(options: Options) -> None:
     start = read_start(o, matrix.shape[1])
     refuse_small_codebooks([len(book) for book in start.codebooks], len(matrix), o.collision)
     o.output_file = o.output_file or str(Path(o.ckpt_dir) / f"{dataset_name(o.data_path)}.index.json")
+    runs.refuse_unknown(o, o.output_file)
     record = begin_training(part(o, PlusOptions), "rqkmeans_plus")
     if not record.complete:
         train_from(start, matrix, o)

@@ -41,11 +41,15 @@ def report_of(path: str | Path, embeddings) -> dict:
     after = quality(codes)
     if embeddings is not None:
         if len(embeddings) != len(codes):
-            raise UserError(f"{path}: {len(codes)} items, but --data_path has {len(embeddings)} rows")
+            raise UserError(
+                f"{path}: {len(codes)} items, but --data_path has {len(embeddings)} rows; give the embeddings of this index"
+            )
         after["fitted_error"] = fitted_error(embeddings, codes)
     written = report_path(path)
     there = read_json(written, "index") if written.exists() else {}
     known = there.get("after", {})
+    if not isinstance(known, dict) or not isinstance(there.get("before", {}), dict):
+        raise UserError(f"{written}: not a quality report; remove it, or make the index again")
     if all(known.get(name) == after[name] for name in ("n_items", "items_per_sid", "perplexity", "codes_used")):
         return there | {"after": known | after}
     return {"after": after}

@@ -127,3 +127,16 @@ def sequences(*rows: tuple[list[int], int]):
         {"user": users, "history": history, "target": target, "seen": history},
         schema_overrides={"history": lists, "seen": lists},
     )
+
+
+def write_encoder(folder: Path) -> None:
+    """A two-layer BERT of width 16 that knows a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "Item", "number", "best"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)

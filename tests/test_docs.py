@@ -315,6 +315,17 @@ def test_readme_has_at_most_120_lines():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 120
 
 
+def test_pages_say_where_digits_repeat_and_how_wide_intervals_are():
+    for page, said in (
+        ("README.md", r"95 % interval .* digits do not repeat"),
+        ("RESULTS.md", r"a figure holds for its commit and its type of cpu: on another type"),
+        ("docs/evaluation.md", r"repeat to the digit on one cpu type"),
+        ("docs/troubleshooting.md", r"digits differ from results.md"),
+    ):
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        assert re.search(said, text, re.IGNORECASE), page
+
+
 def test_readme_tree_is_the_disk():
     [tree] = fenced(README, "text")
     entries: dict[str, set[str]] = {}

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from minionerec.common.text import HIDDEN
 SIDS = ["<a_0><b_1>", "<a_1><b_0>", "<a_2>"]
 TITLES = ["One", 'Two, "or" so', "Three"]
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 60))
+ATTEMPTS: Counter[str] = Counter()
 VICTIM = Path(os.environ.get("TMPDIR", "/tmp")) / f"executed-{os.getpid()}"
 
 
@@ -141,10 +143,20 @@ def good(folder) -> dict[str, bytes]:
     return {kind: data or (folder / "good").read_bytes() for kind, (_, data) in READERS.items()}
 
 
+@pytest.fixture(autouse=True)
+def count(record_property):
+    """Records how many files each reader got in a test, for benchmarks/reliability.py."""
+    ATTEMPTS.clear()
+    yield
+    for kind, attempts in ATTEMPTS.items():
+        record_property(kind, attempts)
+
+
 def attempt(kind: str, data: bytes, folder: Path) -> bool:
     """Whether the reader of `kind` accepts a file; raises where it neither does nor refuses it in one line."""
     path = folder / "x[1]*.csv"
     path.write_bytes(data)
+    ATTEMPTS[kind] += 1
     try:
         READERS[kind][0](path)
         return True

@@ -1,20 +1,21 @@
 """Every stage is killed with SIGKILL at random moments and started again with the same command.
 
 Invariants: the result has the bytes of an unbroken run's; a record that says "complete" has a whole result next to it;
-no start after a kill is refused. Each stage is killed 20 times. A table of the counts is printed at the end:
-
-    python -m pytest tests/test_kill.py -m slow -s
+no start after a kill is refused. Each stage is killed 20 times, or `KILLS` times. `benchmarks/reliability.py` makes a
+table of the counts.
 """
 
 import json
+import os
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import write_encoder
 from zygote import Zygote
 
-KILLS = 20
+KILLS = int(os.environ.get("KILLS", 20))
 MOST_STARTS = 200
 NOT_RESULTS = {"run.json", "training_args.bin", "log.txt", "trainer_state.json"}
 pytestmark = pytest.mark.slow
@@ -40,19 +41,6 @@ def made(zygote, world, base_model, tmp_path_factory):
         status, _ = zygote.run(stage, options, folder / f"{name}.log")
         assert status == 0, (folder / f"{name}.log").read_text()[-3000:]
     return folder
-
-
-def write_encoder(folder: Path) -> None:
-    """A two-layer BERT of width 16 that knows a few words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    words = ["[PAD]", "[UNK]", "Item", "number", "best"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------ the stages
@@ -176,7 +164,7 @@ def require_whole(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_killed_at_random_moments(name, made, zygote, world, base_model, tmp_path):
+def test_killed_at_random_moments(name, made, zygote, world, base_model, tmp_path, record_property):
     def start(run: str, kill_after: float | None = None):
         folder, log = tmp_path / run / "out", tmp_path / f"{run}.log"
         folder.parent.mkdir(exist_ok=True)
@@ -198,4 +186,6 @@ def test_killed_at_random_moments(name, made, zygote, world, base_model, tmp_pat
         finished += 1
         assert found.keys() == expected.keys()
         assert [file for file in found if found[file] != expected[file]] == []
+    for counted, count in (("kills", kills), ("starts", starts), ("finished", finished)):
+        record_property(counted, count)
     print(f"\n{name}: {kills} kills, {starts} starts, {finished} finished runs, all equal; {seconds:.1f} s unbroken")

@@ -299,6 +299,9 @@ def load_checkpoint(folder: str | Path, flag: str = "baseline_path", n_items: in
         model.load_state_dict(load_file(weights))
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: not a model that sasrec.py saved ({error}); check --{flag}") from None
+    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        raise UserError(f"{folder}: the weight {bad[0]} has NaN or infinite values; train it again or check --{flag}")
     if n_items is not None and n_items != model.n_items:
         raise UserError(
             f"{folder}: trained on a catalog of {model.n_items} items, and this one has {n_items}; "

@@ -21,6 +21,7 @@ Started by a launcher (`shell/launcher.sh`), a script also reads options from en
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -36,6 +37,7 @@ from minionerec.common.files import require_file
 from minionerec.common.processes import leave_group, report_error
 
 SETTING, INPUT, OUTPUT, RUNTIME = "setting", "input", "output", "runtime"
+WITHDRAWALS: list[Callable[[], None]] = []  # undo what a refused start has written; `minionerec.common.runs` adds to it
 
 
 def option(default, help: str, *, role: str = SETTING, aliases: Sequence[str] = ()):
@@ -188,6 +190,7 @@ def run(main: Callable, options_class: type) -> None:
     """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    WITHDRAWALS.clear()
     try:
         main(parse(options_class, arguments))
     except KeyboardInterrupt:
@@ -203,9 +206,17 @@ def run(main: Callable, options_class: type) -> None:
         if debug:
             traceback.print_exc()
         report_error(message)
+        withdraw()
         leave_group(2)
         sys.exit(2)
     leave_group(0)
+
+
+def withdraw() -> None:
+    """Take back what a refused start has written, the last first; a disk that allows no writing keeps it."""
+    for undo in reversed(WITHDRAWALS):
+        with contextlib.suppress(OSError):
+            undo()
 
 
 def message_of(error: Exception) -> str | None:

@@ -21,9 +21,11 @@ device, time, seconds, and the files that were written.
     another identity, and none of its files          fresh start
     another identity, or files without a record      refused; with --overwrite True the old result moves to NAME.1
 
-Nothing is ever deleted here.
+Nothing of a result is ever deleted here. Where a start is refused before the stage has written anything, `withdraw` takes
+the record back, and what was moved aside returns.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -38,8 +40,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minionerec.common.errors import UserError
-from minionerec.common.files import write_json
-from minionerec.common.options import INPUT, SETTING, role_of
+from minionerec.common.files import atomic_file, write_json
+from minionerec.common.options import INPUT, SETTING, WITHDRAWALS, role_of
 
 ROOT = Path(__file__).parents[2]
 RECORD = "run.json"
@@ -69,6 +71,10 @@ class Run:
     record: dict
     files: Sequence[str | Path] = ()  # the results, where they are files
     writes: Sequence[str] = ()  # the results, where they are in the record's folder, as glob patterns
+    claims: tuple = ("", (), ())  # folder, writes and files as `begin` got them: what a start may have written
+    before: bytes | None = None  # the record's content when this run began
+    moved: Sequence[tuple[Path, Path]] = ()  # an older result: (where it was, where it is)
+    made: Sequence[Path] = ()  # folders that were made for the record, the innermost first
 
     @property
     def complete(self) -> bool:
@@ -87,6 +93,24 @@ class Run:
         seconds = round(time.time() - self.record["started"] + self.record.get("seconds_before", 0), 1)
         self.record |= {"complete": True, "seconds": seconds, "outputs": outputs, "device": device()}
         write_json(self.path, self.record)
+        if self.withdraw in WITHDRAWALS:
+            WITHDRAWALS.remove(self.withdraw)
+
+    def withdraw(self) -> None:
+        """Undo a start that was refused: the record is as before, what moved aside returns. Not where there are results."""
+        if results(*self.claims, {}, self.path):
+            return
+        if self.before is None or self.moved:
+            self.path.unlink(missing_ok=True)
+        else:
+            with atomic_file(self.path, "wb") as f:
+                f.write(self.before)
+        for old, new in self.moved:
+            new.rename(old)
+        emptied = sorted({new.parent for _, new in self.moved}, key=lambda folder: -len(folder.parts))
+        for folder in (*emptied, *self.made):
+            with contextlib.suppress(OSError):  # it is not empty, or it is where the moved files are now
+                folder.rmdir()
 
 
 def begin(
@@ -110,7 +134,7 @@ def begin(
     path = Path(folder) / RECORD if folder else Path(record or Path(files[0]).with_suffix(".run.json"))
     identity = identity_of(options, stage, inputs or {})
     found = read_record(path)
-    existing = results(folder, writes, files, found, path)
+    existing, moved = results(folder, writes, files, found, path), []
     if found and {key: found.get(key) for key in identity} == identity:
         missing = [name for name in found.get("outputs", ()) if not (path.parent / name).exists()]
         if found.get("complete") and not missing:
@@ -125,22 +149,37 @@ def begin(
         if existing:
             reason = difference(found, identity) if found else f"{existing[0].name} was not made by this stage"
             if not getattr(options, "overwrite", False):
-                raise UserError(
-                    f"{folder or existing[0]}: holds another result ({reason}); choose another output, or "
-                    "--overwrite True to move the old one aside"
-                )
-            print(f"the old result ({reason}) moves to {move_aside(existing, folder)}")
-    before = found.get("seconds_before", 0) if state == "resume" else 0
+                raise _taken(folder or existing[0], reason)
+            moved = move_aside(existing, folder)
+            print(f"the old result ({reason}) moves to {target_of(moved, folder)}")
+    seconds = found.get("seconds_before", 0) if state == "resume" else 0
     new = identity | {
         "complete": False,
         "command": " ".join(sys.argv),
         "code": code_version(),
         "versions": {"python": platform.python_version()} | versions(),
         "started": time.time(),
-        "seconds_before": before,
+        "seconds_before": seconds,
     }
+    before = path.read_bytes() if path.is_file() else None
+    made = [parent for parent in path.parents if not parent.exists()]
     write_json(path, new)
-    return Run(state, path, new, files, writes)
+    run = Run(state, path, new, files, writes, (folder, writes, files), before, moved, made)
+    WITHDRAWALS.append(run.withdraw)
+    return run
+
+
+def refuse_unknown(options, *files: str | Path) -> None:
+    """Raise `UserError` for a file without a record: what a later stage of a command would refuse, before its first one."""
+    for file in map(Path, files):
+        if file.exists() and not file.with_suffix(".run.json").exists() and not options.overwrite:
+            raise _taken(file, f"{file.name} was not made by this stage")
+
+
+def _taken(place: str | Path, reason: str) -> UserError:
+    return UserError(
+        f"{place}: holds another result ({reason}); choose another output, or --overwrite True to move the old one aside"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ identity
@@ -229,23 +268,27 @@ def results(folder, writes: Sequence[str], files: Sequence, found: dict, path: P
     return [*existing, path] if existing and found else existing
 
 
-def move_aside(existing: Sequence[Path], folder: str | Path) -> str:
-    """Rename an earlier result: into `<folder>.1`, or each file to `<file>.1`, or the next number that is free."""
+def move_aside(existing: Sequence[Path], folder: str | Path) -> list[tuple[Path, Path]]:
+    """Rename an earlier result: into `<folder>.1`, or each file to `<file>.1`, or the next number that is free.
+
+    Returns (where it was, where it is) of each file or folder.
+    """
     number, folder = 1, str(folder).rstrip("/")
-    if folder:
-        while Path(f"{folder}.{number}").exists():
-            number += 1
-        target = Path(f"{folder}.{number}")
-        for path in existing:
-            new = target / os.path.relpath(path, folder)
-            new.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(new)
-        return str(target)
-    while any(Path(f"{path}.{number}").exists() for path in existing):
+    targets = [folder] if folder else existing
+    while any(Path(f"{target}.{number}").exists() for target in targets):
         number += 1
-    for path in existing:
-        path.rename(f"{path}.{number}")
-    return f"{existing[0]}.{number}"
+    inside = {path: Path(f"{folder}.{number}", os.path.relpath(path, folder)) for path in existing} if folder else {}
+    moved = [(path, inside.get(path, Path(f"{path}.{number}"))) for path in existing]
+    for path, new in moved:
+        new.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(new)
+    return moved
+
+
+def target_of(moved: Sequence[tuple[Path, Path]], folder: str | Path) -> str:
+    """The name to print for what moved: the new folder, or the first file."""
+    old, new = moved[0]
+    return str(new).removesuffix("/" + os.path.relpath(old, folder)) if folder else str(new)
 
 
 def note_changes(found: dict, path: Path) -> None:

@@ -103,7 +103,7 @@ def _search(
 def _refuse_broken(found: torch.Tensor, expected: torch.Tensor) -> None:
     if not (found == expected).all():
         raise UserError(
-            "decoding: the model's logits are not finite; its weights hold NaN or Inf, or training diverged"
+            "decoding: the model's logits are not finite; its weights hold NaN or Inf, or training diverged (lower --learning_rate)"
         )
 
 

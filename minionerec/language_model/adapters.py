@@ -52,7 +52,7 @@ def refuse_embeddings(model, target_modules: str) -> None:
             if f".{name}".endswith(f".{target.strip()}"):
                 raise UserError(
                     f"--lora_target_modules {target_modules}: {name} is an embedding or the LM head; adapters go on the "
-                    "layers between them, and new tokens' embedding rows are trained without being named"
+                    "layers between them, and new tokens' embedding rows are trained without being named; leave it out"
                 )
 
 

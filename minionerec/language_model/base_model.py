@@ -52,25 +52,35 @@ def train_tokenizer(texts: list[str], vocab_size: int):
 
 def tiny(options: Options):
     """(model, tokenizer): an untrained small model."""
-    import yaml
-    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+    from transformers import set_seed
 
-    items = read_json(options.item_meta_path, "item_meta_path")
-    wording = yaml.safe_load(Path(options.prompt_template).read_text(encoding="utf-8"))
+    from minionerec.catalog.items import read_titles
+    from minionerec.language_model.prompt_template import read_template
+
+    titles = read_titles(options.item_meta_path)
+    wording = read_template(options.prompt_template, {})
     prompts = [
         json.dumps(wording, ensure_ascii=False).replace("\\n", "\n")
     ] * 100  # each of its words becomes one token
-    tokenizer = train_tokenizer([str(meta.get("title", "")) for meta in items.values()] + prompts, options.vocab_size)
-    settings = read_json(options.config_file, "config_file")
-    config = AutoConfig.for_model(
-        **settings,
-        vocab_size=len(tokenizer),
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    tokenizer = train_tokenizer(titles + prompts, options.vocab_size)
     set_seed(options.seed)
-    return AutoModelForCausalLM.from_config(config), tokenizer
+    return untrained(options.config_file, tokenizer), tokenizer
+
+
+def untrained(config_file: str, tokenizer):
+    """A model of the architecture in `config_file` with random weights; raises `UserError` where it describes none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = read_json(config_file, "config_file")
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    try:
+        config = AutoConfig.for_model(**settings | {"vocab_size": len(tokenizer)} | ids)
+        return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers raises many kinds for unknown types and wrong values
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{config_file}: not the config of a causal language model ({reason}); compare it with config/tiny_qwen2.json"
+        ) from None
 
 
 def smollm2_file() -> dict[str, str]:

@@ -95,6 +95,8 @@ def load_tokenizer(folder: str | Path, flag: str):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(f"{folder}: found a {type(tokenizer).__name__}, expected a fast tokenizer (tokenizer.json)")
+    if not set(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)) - set(tokenizer.all_special_tokens):
+        raise UserError(f"{folder}: found a tokenizer without any token (no tokenizer.json?); copy the folder again")
     if tokenizer.eos_token is None:
         raise UserError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

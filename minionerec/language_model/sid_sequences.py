@@ -37,8 +37,10 @@ def _rows(
     items: np.ndarray, begin: np.ndarray, end: np.ndarray, context: np.ndarray, sids, prefix: str, tokenizer
 ) -> Rows:
     """Window i is `items[begin[i]:end[i]]`; its items from `context[i]` on are answers."""
+    used, items = np.unique(items, return_inverse=True)
+    sids = [sids[item] for item in used]
     before = tokenizer(prefix)["input_ids"]
-    encoded = tokenizer(list(sids), add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(sids, add_special_tokens=False)["input_ids"]
     flat = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in [*encoded, before]])
     lengths = np.array([len(ids) for ids in [*encoded, before]])
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])

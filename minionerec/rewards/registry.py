@@ -83,7 +83,9 @@ def user_rewards(module: str) -> list[Reward]:
     try:
         spec.loader.exec_module(loaded)
     except Exception as error:
-        raise UserError(f"--reward_module {module}: {file} fails with {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"--reward_module {module}: {file} fails with {type(error).__name__}: {error}; repair it"
+        ) from error
     found = [getattr(loaded, name.strip(), None) for name in names.split(",")]
     for name, function in zip(names.split(","), found, strict=True):
         if not callable(function):

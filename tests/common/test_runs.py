@@ -2,14 +2,17 @@
 
 Invariants: every row of the table in the docstring of `minionerec/common/runs.py`; only settings and the content of
 inputs are the identity; inputs are recorded as they were when the run began; nothing is ever deleted, and what moves
-aside keeps its bytes and its place in the folder.
+aside keeps its bytes and its place in the folder; a refused start leaves the folder as it was.
 """
 
 import json
+import sys
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import pytest
 
+from minionerec.common import options as options_module
 from minionerec.common import runs
 from minionerec.common.errors import UserError
 from minionerec.common.options import INPUT, OUTPUT, RUNTIME, StageOptions, option
@@ -182,6 +185,59 @@ def test_a_result_of_files(options, tmp_path):
     assert start(replace(options, lr=2.0, overwrite=True)).state == "fresh"
     assert [path.read_text() for path in (tmp_path / "D.index.json.1", tmp_path / "D.codebooks.npz.1")] == ["made"] * 2
     assert (tmp_path / "D.index.run.json.1").exists() and neighbour.read_text() == "another stage's"
+
+
+# ------------------------------------------------------------------------------------------------ refused starts
+
+
+def refused(options, action=lambda: None) -> None:
+    """A stage that begins, does something and finds an error of the user."""
+
+    def main(_):
+        begin(options)
+        action()
+        raise UserError("no")
+
+    with (
+        mock.patch.object(sys, "argv", ["stage"]),
+        mock.patch.object(options_module, "parse", lambda *_: options),
+        pytest.raises(SystemExit),
+    ):
+        options_module.run(main, Options)
+
+
+def snapshot(folder) -> dict:
+    """{path: bytes, None for a folder}"""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_a_refused_start_withdraws_its_record_and_folders(options, tmp_path):
+    before = snapshot(tmp_path)
+    refused(replace(options, output_dir=str(tmp_path / "out" / "deep" / "er")))
+    assert snapshot(tmp_path) == before
+
+
+def test_a_refused_start_brings_back_what_it_moved_aside(options, tmp_path):
+    made(options)
+    (tmp_path / "out" / "mine.txt").write_text("not the stage's")
+    before = snapshot(tmp_path)
+    refused(replace(options, lr=2.0, overwrite=True))
+    assert snapshot(tmp_path) == before and begin(options).complete
+
+
+def test_a_refused_start_keeps_the_record_of_an_unfinished_run(options, tmp_path):
+    begin(options)
+    before = snapshot(tmp_path)
+    refused(options)
+    assert snapshot(tmp_path) == before
+    refused(options, lambda: write(options))
+    assert not record(options)["complete"] and begin(options).resume  # results are there: the run can be resumed
+
+
+def test_a_finished_run_is_not_withdrawn(options, tmp_path):
+    """A command of two stages, of which the second is refused."""
+    refused(replace(options, output_dir=str(tmp_path / "second")), lambda: made(options))
+    assert begin(options).complete and not (tmp_path / "second").exists()
 
 
 # ------------------------------------------------------------------------------------------------ identity

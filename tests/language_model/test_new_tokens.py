@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from minionerec.catalog.items import Items, read_titles
 from minionerec.catalog.sids import codebook_tokens, read_index
 from minionerec.common.errors import UserError
+from minionerec.language_model import new_tokens
 from minionerec.language_model.checkpoints import load_model, load_tokenizer, new_model
 from minionerec.language_model.new_tokens import (
     add_tokens,
@@ -75,6 +76,17 @@ def test_sids_that_a_normalizer_splits_are_refused():
         UserError, match=r"the tokenizer splits <a_0><b_1> in .*expected the tokens \['<a_0>', '<b_1>'\]"
     ):
         require_sid_tokens(tokenizer, SIDS)
+
+
+def test_of_many_sids_one_for_each_token_is_tried(monkeypatch):
+    monkeypatch.setattr(new_tokens, "CHECKED", 3)
+    tokenizer = tokenizer_of(**NORMALIZERS["prepend"]())
+    good = [f"<{letter}_{code}>" for letter in "ab" for code in range(10)]
+    tokenizer.add_tokens([AddedToken(token, normalized=token == "<a_7>") for token in good])
+    sids = [f"<a_{a}><b_{b}>" for a in range(10) for b in range(10)]
+    require_sid_tokens(tokenizer, [sid for sid in sids if "<a_7>" not in sid])
+    with pytest.raises(UserError, match=r"the tokenizer splits <a_7><b_0>"):
+        require_sid_tokens(tokenizer, sids)
 
 
 @pytest.mark.parametrize("how", ["special", "extra_special_tokens", "normalized", "lstrip"])

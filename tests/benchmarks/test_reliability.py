@@ -1,0 +1,50 @@
+"""benchmarks/reliability.py: the page counts what the tests' results say; failures are named and end with exit code 2."""
+
+import re
+
+import pytest
+from helpers import ROOT, run_stage
+
+from benchmarks import reliability
+
+JUNIT = """<testsuites><testsuite>
+<testcase file="tests/test_kill.py" name="test_killed_at_random_moments[sft]" time="9"><properties>
+<property name="kills" value="20"/><property name="starts" value="31"/><property name="finished" value="11"/>
+</properties></testcase>
+<testcase file="tests/test_bad_inputs.py" name="test_one[a-CSV-0]" time="1"><properties>
+<property name="kind" value="CSV"/><property name="stage" value="sft"/></properties></testcase>
+<testcase file="tests/test_bad_inputs.py" name="test_one[b-CSV-1]" time="1"><failure/><properties>
+<property name="kind" value="CSV"/><property name="stage" value="rl"/></properties></testcase>
+<testcase file="tests/test_fuzz_readers.py" name="test_random_bytes[csv]" time="90"><properties>
+<property name="csv" value="1200"/></properties></testcase>
+<testcase file="tests/test_sft.py" name="test_two_processes_train_as_one" time="9"/>
+<testcase file="tests/test_disks.py" name="test_a_full_disk[x]" time="1"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_the_page_counts_what_the_results_say(tmp_path):
+    (tmp_path / "junit.xml").write_text(JUNIT)
+    text = reliability.page(reliability.read_junit(tmp_path / "junit.xml"), "abc")
+    assert "Commit abc" in text and "6 tests, 1 failed" in text
+    assert "20 kills survived" in text and "| sft | 20 | 31 | 11 | passed |" in text
+    assert "gives 2 bad inputs to 2 commands" in text and "| CSV | 2 | 1 |" in text
+    assert "1,200 files in 1.5 minutes" in text and "| csv | 1200 |" in text
+    assert "| SFT: weights | `test_two_processes_train_as_one` | passed |" in text
+    assert "`tests/test_disks.py` | 0 | 0 | 1 |" in text
+    assert "## Failed\n\n- `tests/test_bad_inputs.py::test_one[b-CSV-1]`" in text
+
+
+def test_every_test_of_the_page_exists():
+    for test in (*reliability.TWO_PROCESSES, *reliability.OTHERS, reliability.KILL, reliability.BAD, reliability.FUZZ):
+        file, _, name = test.partition("::")
+        assert f"def {name or 'test_'}" in (ROOT / file).read_text()
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    page = tmp_path / "page.md"
+    run_stage("benchmarks.reliability", "--quick", "--kills=1", "--fuzz_examples=5", f"--output_file={page}")
+    text = page.read_text()
+    assert "1 kills survived" in text and "0 failed" in text
+    assert int(re.search(r"gives (\d+) bad inputs", text).group(1)) > 10
+    assert re.search(r"\| trie \| \d+ \|", text)
