@@ -243,7 +243,7 @@ def write(options: Options, outputs: Outputs, settings, data, rows, found: Mappi
         pl.DataFrame(predictions, infer_schema_length=None).write_parquet(f)
 
     ranks = protocols.by_beams({name: each.sid_rows for name, each in found.items()}, rows, data.catalog)
-    protocols.write_ranks(outputs.ranks, ranks)
+    protocols.write_ranks(outputs.ranks, ranks, rows, data.train, data.catalog.n_items)
     cutoffs = [k for k in CUTOFFS if k <= options.num_beams]  # the beams say nothing of later places
     metrics = {
         "base_model": options.base_model,
@@ -296,7 +296,7 @@ def blend(options: Options, outputs: Outputs, settings, data, rows, model, token
     weights, chosen = blend_weights_of(options, settings, data, candidates)
     found, targets = candidates(rows), rows["target"].to_list()
     ranks = {name: blend.ranked(each, weights.of(each), targets, data.catalog) for name, each in found.items()}
-    protocols.write_ranks(outputs.blend_ranks, ranks)
+    protocols.write_ranks(outputs.blend_ranks, ranks, rows, data.train, data.catalog.n_items)
     result = {"blend_path": options.blend_path} | chosen
     write_json(outputs.blend_metrics, result | protocols.report(ranks, rows, data.train, data.catalog, options.seed))
 

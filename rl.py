@@ -444,7 +444,7 @@ def main(options: Options) -> None:
     if record.complete:
         return
 
-    from minionerec.language_model.checkpoints import remove_checkpoints, resume_point
+    from minionerec.language_model.checkpoints import remove_checkpoints, resume_point, save_log
 
     settings = settings_of(options)
     data, protocol = read_data(options, settings.max_history)
@@ -455,6 +455,7 @@ def main(options: Options) -> None:
     trainer.train(resume_from_checkpoint=resume)
     save_best(options, trainer, prompts, settings)
     if trainer.args.process_index == 0:
+        save_log(trainer, options.output_dir)
         record.finish()
         remove_checkpoints(options.output_dir, keep=[options.resume_from_checkpoint])
 

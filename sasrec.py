@@ -107,7 +107,7 @@ def main(options: Options) -> None:
     data, headline = read(options)
     score = build_scorer(options, data, headline)
     test = protocols.by_scores(score, data.test, data.catalog)
-    protocols.write_ranks(Path(options.output_dir) / RANKS, test)
+    protocols.write_ranks(Path(options.output_dir) / RANKS, test, data.test, data.train, data.catalog.n_items)
     result = {"model": options.model} | protocols.report(test, data.test, data.train, data.catalog, options.seed)
     result["valid"] = table(protocols.by_scores(score, data.valid, data.catalog, names=[headline])[headline].item)
     write_json(path, result)

@@ -418,6 +418,7 @@ def main(options: Options) -> None:
     trainer.accelerator.wait_for_everyone()  # every process has loaded them before the checkpoints are removed
     checkpoints.save_trained(trainer, prompts.path, options.output_dir, settings)
     if args.process_index == 0:
+        checkpoints.save_log(trainer, options.output_dir)
         record.finish()
         checkpoints.remove_checkpoints(options.output_dir, keep=[options.resume_from_checkpoint])
         best = trainer.state

@@ -10,8 +10,8 @@ The record is `run.json` in the result's folder, or `<name>.run.json` next to a 
 the run begins, so that inputs are recorded as they were then, and again when it ends.
 
 The identity of a run is its stage, its options of role SETTING and the digests of its options of role INPUT
-(`minionerec.common.options`). The record also says, outside the identity: command, code version, package versions,
-device, time, seconds, and the files that were written.
+(`minionerec.common.options`). The record also says, outside the identity: command, options of any role that differ from
+their defaults, code version, commit, package versions, device, time, seconds, and the files that were written.
 
     what is found                                    what happens
     no result                                        fresh start
@@ -31,6 +31,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -123,7 +124,9 @@ def begin(
     new = identity | {
         "complete": False,
         "command": " ".join(sys.argv),
+        "options": changed_options(options),
         "code": code_version(),
+        "commit": commit(),
         "versions": {"python": platform.python_version()} | versions(),
         "started": time.time(),
         "seconds_before": before,
@@ -148,6 +151,16 @@ def identity_of(options, stage: str, inputs: Mapping[str, str | Path]) -> dict:
         settings["accelerate"] = accelerate
     digests = {name: digest(path) for name, path in paths.items() if path}
     return json.loads(json.dumps({"stage": stage, "settings": settings, "inputs": digests}))
+
+
+def changed_options(options) -> dict:
+    """{name: value} of the options of any role whose value is not the default."""
+    changed = {}
+    for field in dataclasses.fields(options):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if getattr(options, field.name) != default:
+            changed[field.name] = getattr(options, field.name)
+    return json.loads(json.dumps(changed, default=str))
 
 
 def accelerate_settings() -> dict:
@@ -260,6 +273,16 @@ def code_version() -> str:
     for file in sorted(files):
         total.update(file.read_bytes())
     return total.hexdigest()
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the code, with -dirty where files differ from it; empty outside a git checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 @functools.cache
