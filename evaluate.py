@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from minionerec.common import runs
+from minionerec.common import model_card, runs
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file, read_json, write_json
 from minionerec.common.options import INPUT, OUTPUT, RUNTIME, StageOptions, is_number, option, run
@@ -349,6 +349,7 @@ def main(options: Options) -> None:
         blend(options, outputs, settings, data, rows, model, tokenizer)
     record.record["processes"] = process.num_processes
     record.finish()
+    model_card.add_test(Path(options.base_model), read_json(outputs.metrics, "result_json_data"))
     remove_parts(outputs.parts)
     show(outputs)
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from minionerec.common import runs
+from minionerec.common import model_card, runs
 from minionerec.common.errors import UserError
 from minionerec.common.options import INPUT, OUTPUT, RUNTIME, StageOptions, option, run
 from minionerec.common.processes import on_main_process
@@ -456,6 +456,7 @@ def main(options: Options) -> None:
     save_best(options, trainer, prompts, settings)
     if trainer.args.process_index == 0:
         save_log(trainer, options.output_dir)
+        model_card.write(record, base_model=options.model_path)
         record.finish()
         remove_checkpoints(options.output_dir, keep=[options.resume_from_checkpoint])
 

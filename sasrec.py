@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minionerec.baselines.options import TRAINED, BaselineOptions
-from minionerec.common import runs
+from minionerec.common import model_card, runs
 from minionerec.common.errors import UserError
 from minionerec.common.files import read_json, write_json
 from minionerec.common.options import INPUT, OUTPUT, option, run
@@ -111,6 +111,7 @@ def main(options: Options) -> None:
     result = {"model": options.model} | protocols.report(test, data.test, data.train, data.catalog, options.seed)
     result["valid"] = table(protocols.by_scores(score, data.valid, data.catalog, names=[headline])[headline].item)
     write_json(path, result)
+    model_card.write(record, test=result)
     record.finish()
     show(result)
 

@@ -31,6 +31,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -44,10 +45,12 @@ from minionerec.common.options import INPUT, SETTING, role_of
 
 ROOT = Path(__file__).parents[2]
 RECORD = "run.json"
+LOG = "log.jsonl"  # what a training has logged
+CARD, CARD_MARK = "README.md", "<!-- written by MiniOneRec -->"  # the model card, and how it is told from another's
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "polars", "numpy", "faiss-cpu")
 # What a folder's digest covers: models, tokenizers, templates, tables. Records, figures and logs are left out.
 DIGESTED = {".json", ".safetensors", ".bin", ".model", ".txt", ".yaml", ".npz", ".npy", ".gguf", ".csv", ".jinja"}
-NOT_DIGESTED = {RECORD, "metrics.json", "trainer_state.json", "training_args.bin", "result.json", "log.jsonl"}
+NOT_DIGESTED = {RECORD, "metrics.json", "trainer_state.json", "training_args.bin", "result.json", LOG}
 
 
 @dataclass
@@ -74,9 +77,12 @@ class Run:
         found = [Path(file) for file in self.files]
         found += [path for pattern in self.writes for path in sorted(base.glob(pattern)) if path.is_file()]
         outputs = {os.path.relpath(path, base): path.stat().st_size for path in found}
-        seconds = round(time.time() - self.record["started"] + self.record.get("seconds_before", 0), 1)
-        self.record |= {"complete": True, "seconds": seconds, "outputs": outputs, "device": device()}
+        self.record |= {"complete": True, "seconds": self.seconds(), "outputs": outputs, "device": device()}
         write_json(self.path, self.record)
+
+    def seconds(self) -> float:
+        """Seconds of this run so far."""
+        return round(time.time() - self.record["started"] + self.record.get("seconds_before", 0), 1)
 
 
 def begin(
@@ -119,7 +125,7 @@ def begin(
                     f"{folder or existing[0]}: holds another result ({reason}); choose another output, or "
                     "--overwrite True to move the old one aside"
                 )
-            print(f"the old result ({reason}) moves to {move_aside(existing, folder)}")
+            print(f"the old result ({reason}) moves to {move_aside([*existing, *companions(folder)], folder)}")
     before = found.get("seconds_before", 0) if state == "resume" else 0
     new = identity | {
         "complete": False,
@@ -203,6 +209,20 @@ def difference(found: dict, identity: dict) -> str:
     return "no setting differs"
 
 
+def command_line(record: Mapping) -> str:
+    """The command that gives a record's options, also where a launcher took them from variables."""
+    script, _, rest = record.get("command", "").partition(" ")
+    path = Path(script)
+    path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    inner = len(path.parts) > 1 and not path.is_absolute()  # `python -m rq.rqvae` is recorded as its file
+    words = ["-m", ".".join(path.with_suffix("").parts)] if inner else [path.name]
+    if "options" not in record:
+        return f"python {shlex.join(words)} {rest}".strip()
+    for name, value in record["options"].items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return f"python {shlex.join(words)}"
+
+
 # ------------------------------------------------------------------------------------------------ files
 
 
@@ -229,6 +249,22 @@ def results(folder, writes: Sequence[str], files: Sequence, found: dict, path: P
     names += [Path(file) for file in files]
     existing = [name for name in dict.fromkeys(names) if name.exists()]
     return [*existing, path] if existing and found else existing
+
+
+def companions(folder: str | Path) -> list[Path]:
+    """What describes a result in a folder without being part of it: the model card that a stage wrote, and the log."""
+    if not folder:
+        return []
+    card, log = Path(folder) / CARD, Path(folder) / LOG
+    return ([card] if is_our_card(card) else []) + ([log] if log.is_file() else [])
+
+
+def is_our_card(path: Path) -> bool:
+    """Whether a stage has written this README.md (minionerec/common/model_card.py)."""
+    try:
+        return CARD_MARK in path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def move_aside(existing: Sequence[Path], folder: str | Path) -> str:

@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from minionerec.catalog.sids import SID_TOKEN
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file, read_json, write_json
-from minionerec.language_model.file_names import LOG_FILE, PROMPT_FILE, SETTINGS_FILE
+from minionerec.common.runs import LOG
+from minionerec.language_model.file_names import PROMPT_FILE, SETTINGS_FILE
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -190,8 +191,8 @@ def save_trained(trainer, prompt_template: str | Path, folder: str | Path, setti
 
 
 def save_log(trainer, folder: str | Path) -> None:
-    """Write all that a trainer has logged as `LOG_FILE`, a JSON object per line, with the step of each."""
-    with atomic_file(Path(folder) / LOG_FILE) as f:
+    """Write all that a trainer has logged as `LOG`, a JSON object per line, with the step of each."""
+    with atomic_file(Path(folder) / LOG) as f:
         f.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
 
 

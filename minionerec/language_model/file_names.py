@@ -2,7 +2,6 @@
 
 PROMPT_FILE = "prompt.yaml"  # the wording of the prompts
 SETTINGS_FILE = "minionerec.json"  # `checkpoints.Settings`
-LOG_FILE = "log.jsonl"  # what a training has logged
 MODEL_FILES = (  # what a folder with a model and a tokenizer consists of, as glob patterns
     "*.safetensors",
     "*.safetensors.index.json",

@@ -9,6 +9,7 @@ import random
 import numpy as np
 import polars as pl
 import pytest
+from helpers import sequences
 
 from minionerec.catalog.catalog import Catalog
 from minionerec.evaluation.metrics import MISSED, table
