@@ -1,7 +1,7 @@
 """What a section of the report consists of. page.html shows each kind of block."""
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -10,7 +10,7 @@ class Text(NamedTuple):
     """A paragraph."""
 
     text: str
-    kind: ClassVar[str] = "text"
+    kind = "text"
 
 
 class Table(NamedTuple):
@@ -19,7 +19,7 @@ class Table(NamedTuple):
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence]
-    kind: ClassVar[str] = "table"
+    kind = "table"
 
 
 class Figure(NamedTuple):
@@ -29,7 +29,7 @@ class Figure(NamedTuple):
     svg: Markup
     alt: str
     table: Table
-    kind: ClassVar[str] = "figure"
+    kind = "figure"
 
 
 class Point(NamedTuple):
@@ -50,7 +50,7 @@ class Map(NamedTuple):
     points: Sequence[Point]
     codes: Sequence[tuple[int, int]]
     table: Table
-    kind: ClassVar[str] = "map"
+    kind = "map"
 
 
 class User(NamedTuple):
@@ -66,7 +66,7 @@ class Users(NamedTuple):
     """Sample users, each in a part that opens."""
 
     users: Sequence[User]
-    kind: ClassVar[str] = "users"
+    kind = "users"
 
 
 class Section(NamedTuple):

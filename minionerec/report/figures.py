@@ -26,7 +26,7 @@ def new_axes(xlabel: str, ylabel: str, size: tuple[float, float] = SIZE):
     from matplotlib.figure import Figure as Canvas
 
     style = {
-        "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 9,
+        "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 10,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": LINE,
         "hatch.linewidth": 0.6, "legend.frameon": False,
     }  # fmt: skip
@@ -120,7 +120,7 @@ def intervals(title: str, xlabel: str, values: Mapping[str, tuple[float, float, 
 
 
 def legend(figure, entries: int) -> None:
-    figure.legend(loc="outside upper center", ncols=min(entries, 3), fontsize=8, handlelength=2.6)
+    figure.legend(loc="outside upper center", ncols=min(entries, 3), fontsize=9, handlelength=2.6)
 
 
 def _figure(figure, title: str, alt: str, header: Sequence[str], rows: Sequence[Sequence]) -> Figure:

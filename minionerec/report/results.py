@@ -50,6 +50,7 @@ def _table(output: Output, protocol: str, several: bool) -> Table | None:
     if not tables:
         return None
     names = [f"{metric}@{k}" for metric in ("HR", "NDCG") for k in (1, 5, 10, 20)]
+    names.remove("NDCG@1")  # equals HR@1
     names = [name for name in names if any(name in own["item"] for own in tables.values())]
     rows = []
     for model, own in tables.items():
@@ -77,7 +78,7 @@ def _differences(output: Output, outputs: Sequence[Output]) -> list:
     if not compared:
         return []
     title = _of(output, outputs, f"NDCG@10 minus {baseline}'s, paired on the same test rows")
-    values = {model: tuple(each["NDCG@10"]) for model, each in compared.items()}
+    values = {model: tuple(compared[model]["NDCG@10"]) for model in output.metrics if model in compared}
     note = f"{baseline} is the best baseline. An interval that contains 0 shows no difference."
     return [figures.intervals(title, "difference of NDCG@10", values, zero=True), Text(note)]
 
@@ -115,7 +116,10 @@ def _published(path: Path, data: str) -> list:
         raise UserError(f"--published {data}: {path} has no such data; expected one of {known}")
     header = [name for name in own[0] if name != "data" and any(row[name] for row in own)]
     note = "Compare only rows with one protocol: beams, seen items, ties and the train set decide much of a figure."
-    return [Table(f"Published for {data}", header, [[row[name] or "–" for name in header] for row in own]), Text(note)]
+    return [
+        Table(f"Published for {data}", header, [[row[name] or "not stated" for name in header] for row in own]),
+        Text(note),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ training

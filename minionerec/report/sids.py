@@ -37,7 +37,7 @@ def sids_section(outputs: Sequence[Output], map_items: int, seed: int) -> Sectio
             title = f"{output.label}: {name}" if several else name
             titles = output.data.items.titles if output.data is not None else [""] * len(codes)
             if len(titles) == len(codes):
-                blocks += [_buckets(title, codes, titles), *_map(title, path, codes, titles, output, map_items, seed)]
+                blocks += [*_buckets(title, codes, titles), *_map(title, path, codes, titles, output, map_items, seed)]
     lead = (
         "Entropy in nats and Gini coefficient of the items per used code: 0 means equally many. The first index is the "
         "one that SFT was trained on."
@@ -101,13 +101,8 @@ def _figures(codes: np.ndarray, quality: dict) -> dict[str, float]:
 
 
 def _charts(found: dict[str, np.ndarray]) -> list:
-    sizes = {name: counts_of(np.unique(codes, axis=0, return_inverse=True)[1].ravel()) for name, codes in found.items()}
-    most = min(6, max(int(each.max()) for each in sizes.values()))
-    labels = [*(str(n) for n in range(1, most)), f"{most}+" if most == 6 else str(most)]
-    series = {
-        n: [int((s == k + 1).sum()) for k in range(most - 1)] + [int((s >= most).sum())] for n, s in sizes.items()
-    }
-    charts = [figures.bars("SIDs by number of items", "items of one SID", "SIDs", labels, series)]
+    """SIDs by number of items, and the items of each code, for every index."""
+    charts = [_sizes(found)]
     for name, codes in found.items():
         ordered = {
             f"level {level + 1}": list(enumerate(np.sort(counts_of(codes[:, level]))[::-1].tolist(), start=1))
@@ -117,17 +112,32 @@ def _charts(found: dict[str, np.ndarray]) -> list:
     return charts
 
 
-def _buckets(name: str, codes: np.ndarray, titles: Sequence[str]) -> Table:
+def _sizes(found: dict[str, np.ndarray]):
+    sizes = {name: np.unique(codes, axis=0, return_counts=True)[1] for name, codes in found.items()}
+    most = max(int(each.max()) for each in sizes.values())
+    if most == 1:
+        return Text("Every SID has one item.")
+    last = min(most, 6)
+    labels = [*map(str, range(1, last)), f"{last}+" if most > last else str(last)]
+    series = {
+        name: [int((s == n).sum()) for n in range(1, last)] + [int((s >= last).sum())] for name, s in sizes.items()
+    }
+    return figures.bars("SIDs by number of items", "items of one SID", "SIDs", labels, series)
+
+
+def _buckets(name: str, codes: np.ndarray, titles: Sequence[str]) -> list:
+    """The SIDs with the most items, if any has two."""
     from rq.index_file import to_sids
 
     sids, bucket, sizes = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
-    bucket = bucket.ravel()
-    rows = []
+    bucket, rows = bucket.ravel(), []
+    if sizes.max() == 1:
+        return []
     for row in np.argsort(-sizes, kind="stable")[:LARGEST]:
         members = np.flatnonzero(bucket == row)
         shown = " · ".join(titles[item] for item in members[:EXAMPLES])
         rows.append(["".join(to_sids(sids[row : row + 1])[0]), int(sizes[row]), shown])
-    return Table(f"Largest buckets: {name}", ["SID", "items", "titles"], rows)
+    return [Table(f"Largest buckets: {name}", ["SID", "items", "titles"], rows)]
 
 
 # ------------------------------------------------------------------------------------------------ the map
