@@ -58,17 +58,15 @@ def _variables() -> list[str]:
     return [f"var(--s{i})" for i in range(len(SERIES))]
 
 
-def lines(
-    title: str, xlabel: str, ylabel: str, series: Mapping[str, Sequence[tuple[float, float]]], log: bool = False
-) -> Figure:
-    """Lines of (x, y) points."""
+def lines(title: str, xlabel: str, ylabel: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    """Lines of (x, y) points. The axis of a share goes from 0 to 1."""
     figure, axes = new_axes(xlabel, ylabel)
     for i, (name, points) in enumerate(series.items()):
         xs, ys = zip(*points, strict=True)
         style = {"color": SERIES[i % 8], "linestyle": STYLES[i % 4], "marker": MARKERS[i % 8]}
         axes.plot(xs, ys, **style, markersize=3, markevery=max(1, len(xs) // 12), linewidth=1.4, label=name)
-    if log and all(y > 0 for points in series.values() for _, y in points):
-        axes.set_yscale("log")
+    if ylabel.startswith("share"):
+        axes.set_ylim(-0.03, 1.03)
     if len(series) > 1:
         legend(figure, len(series))
     ends = [

@@ -130,11 +130,15 @@ def training_section(outputs: Sequence[Output]) -> Section:
     blocks = []
     for output in outputs:
         for name, log in output.logs.items():
+            curves = [
+                (title, y, series) for title, y, series in _curves(log) if any(len(p) > 1 for p in series.values())
+            ]
             blocks += [
                 figures.lines(_of(output, outputs, f"{name}: {title}"), "step", ylabel, series)
-                for title, ylabel, series in _curves(log)
-                if any(len(points) > 1 for points in series.values())
+                for title, ylabel, series in curves
             ]
+            if not curves:
+                blocks.append(Text(f"{name}: fewer than two entries were logged, so there is no curve."))
     if not blocks:
         blocks = [Text("No training has left a log.jsonl here: SFT and RL write it when they end.")]
     lead = "What the trainings have logged. Validation metrics are those by which the weights were chosen."

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from minionerec.evaluation.metrics import MISSED
+from minionerec.evaluation.protocols import LABELS, TOP
 from minionerec.report import figures
 from minionerec.report.blocks import Section, Table, Text, User, Users, number
 from minionerec.report.outputs import Output
@@ -12,7 +13,6 @@ from minionerec.report.outputs import Output
 KINDS = {"popularity": "popularity of the target", "history": "items in the history"}
 BASELINES = ("popularity", "markov", "sasrec", "gru4rec", "caser")
 EDGES = {"1": 1, "2–3": 3, "4–5": 5, "6–10": 10, "11–20": 20, "21–50": 50}  # places, up to this one
-BEYOND = "later or not listed"
 SHOWN = 5  # items of each model for a sample user
 
 
@@ -47,30 +47,35 @@ def _slices(output: Output, kind: str, words: str, several: bool) -> list:
 
 
 def _gains(output: Output, several: bool) -> list:
-    """Tables: targets that a model has in the first ten and a baseline has not, and the reverse, by slice."""
+    """For each baseline a table: targets in the first ten of a model and not of the baseline, and the reverse, by slice."""
     ranks = output.ranked()
     tables = []
     for baseline in (name for name in BASELINES if name in ranks):
-        rows = []
-        for model, own in ranks.items():
-            other = ranks[baseline]
-            if model == baseline or model in BASELINES or not _same_rows(output, model, baseline):
-                continue
-            gained, lost = (own < 10) & (other >= 10), (own >= 10) & (other < 10)
-            rows.append([model, "all", *_counts(gained, lost)])
-            for kind in KINDS:
-                labels = output.ranks[model].get(f"slice_{kind}")
-                for label in dict.fromkeys(labels.tolist()) if labels is not None else ():
-                    here = labels == label
-                    rows.append([model, f"{KINDS[kind]}: {label}", *_counts(gained[here], lost[here])])
-        if rows:
-            title = f"Hits in the first 10 against {baseline}" + (f": {output.label}" if several else "")
-            tables.append(Table(title, ["model", "rows with", "rows", "gained", "lost", "net"], rows))
+        models = [m for m in ranks if m not in BASELINES and _same_rows(output, m, baseline)]
+        if models:
+            rows = [
+                [name, int(here.sum()), *(_net(ranks[model][here], ranks[baseline][here]) for model in models)]
+                for name, here in _groups(output.ranks[models[0]], len(ranks[baseline])).items()
+            ]
+            title = f"Hits in the first 10 against {baseline}: gained, lost, net" + (
+                f", {output.label}" if several else ""
+            )
+            tables.append(Table(title, ["test rows with", "rows", *models], rows))
     return tables
 
 
-def _counts(gained: np.ndarray, lost: np.ndarray) -> list:
-    return [len(gained), int(gained.sum()), int(lost.sum()), f"{int(gained.sum()) - int(lost.sum()):+d}"]
+def _net(own: np.ndarray, other: np.ndarray) -> str:
+    gained, lost = int(((own < TOP) & (other >= TOP)).sum()), int(((own >= TOP) & (other < TOP)).sum())
+    return f"{gained} gained, {lost} lost: {gained - lost:+d}"
+
+
+def _groups(arrays: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    """{name: mask (rows,)} of all test rows and of each slice, in the order of `LABELS`."""
+    groups = {"all": np.ones(rows, dtype=bool)}
+    for kind, words in KINDS.items():
+        labels = arrays.get(f"slice_{kind}", np.array([]))
+        groups |= {f"{words}: {label}": labels == label for label in LABELS if (labels == label).any()}
+    return groups
 
 
 def _same_rows(output: Output, *models: str) -> bool:
@@ -85,19 +90,29 @@ def _same_rows(output: Output, *models: str) -> bool:
 
 
 def ranks_section(outputs: Sequence[Output]) -> Section:
-    """The histogram of the targets' ranks."""
+    """The histogram of the targets' ranks, and HR@K for every K."""
     blocks = []
     for output in outputs:
-        series = {model: histogram(ranks) for model, ranks in output.ranked().items()}
-        if series:
-            title = "Rank of the target, share of test rows" + (f": {output.label}" if len(outputs) > 1 else "")
-            blocks.append(figures.bars(title, "rank", "share", [*EDGES, "later"], series))
+        shares = {model: histogram(ranks) for model, ranks in output.ranked().items()}
+        if shares:
+            suffix = f": {output.label}" if len(outputs) > 1 else ""
+            listed = {model: each[:-1] for model, each in shares.items()}
+            blocks.append(figures.bars(f"Rank of the target{suffix}", "rank", "share of rows", [*EDGES], listed))
+            curves = {model: _hit_rates(ranks) for model, ranks in output.ranked().items()}
+            blocks.append(figures.lines(f"HR@K for every K{suffix}", "K", "HR@K", curves))
+            missed = [[model, f"{each[-1]:.1%}"] for model, each in shares.items()]
+            blocks.append(Table(f"Target not in the first 50{suffix}", ["model", "test rows"], missed))
     blocks = blocks or [Text("No model has stored ranks (ranks.npz).")]
     lead = (
-        "Where each model ranks the target under the headline protocol. A generative model lists as many SIDs as it has "
-        f"beams; a target beyond them is under “later”, as in: {BEYOND}."
+        "Where each model ranks the target under the headline protocol. A generative model lists only as many SIDs as it "
+        "has beams."
     )
     return Section("ranks", "Ranks", lead, blocks)
+
+
+def _hit_rates(ranks: np.ndarray) -> list[tuple[int, float]]:
+    """(K, HR@K) up to 50."""
+    return [(k, float((ranks < k).mean())) for k in range(1, 51)]
 
 
 def histogram(ranks: np.ndarray) -> list[float]:

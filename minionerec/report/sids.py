@@ -77,7 +77,7 @@ def _quality(found: dict[str, np.ndarray]) -> Table:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+,d}" if isinstance(value, int) else f"{value:+.3f}"
+    return f"{value:+,d}" if isinstance(value, int) else f"{round(value, 3) + 0.0:+.3f}"  # no -0.000
 
 
 def _figures(codes: np.ndarray, quality: dict) -> dict[str, float]:
@@ -155,7 +155,9 @@ def _map(
     first = codes[chosen, 0]
     used, sizes = np.unique(first, return_counts=True)
     order = np.argsort(-sizes, kind="stable")
-    hues = {int(code): int(place * 137.5) % 360 for place, code in enumerate(used[order])}
+    # The direction of a code's items from the middle: where codes follow the embeddings, colours change smoothly.
+    centres = {int(code): places[first == code].mean(axis=0) - 50 for code in used}
+    hues = {code: int(np.degrees(np.arctan2(y, x))) % 360 for code, (x, y) in centres.items()}
     points = [
         Point(round(float(x), 2), round(float(y), 2), int(code), hues[int(code)], titles[item])
         for (x, y), code, item in zip(places, first, chosen, strict=True)
@@ -167,7 +169,7 @@ def _map(
     table = Table(f"Items by first code: {name}", ["first code", "items drawn", "examples"], rows)
     alt = (
         f"{len(chosen):,} of {len(codes):,} items in two dimensions by t-SNE of their embeddings, coloured by their first "
-        f"code, of which there are {len(used)}. Items with one first code should lie together."
+        f"code, of which there are {len(used)}. Items with one first code have one colour; codes that follow the embeddings give a smooth picture."
     )
     return [Map(f"Items by first code: {name}", alt, points, [(int(used[i]), int(sizes[i])) for i in order], table)]
 
