@@ -210,10 +210,8 @@ def cells(results: dict, models: Iterable[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------ the page
 
 
-def write_page(path: Path, results: Mapping[Path, dict], options: Options) -> None:
-    """Write the page of the outputs in `results`, {folder: content of its results.json}."""
-    from minionerec.report import facts, page, rows, sids
-    from minionerec.report import results as tables
+def outputs_of(results: Mapping[Path, dict]) -> list:
+    """The `Output` of each folder; results: {folder: content of its results.json}."""
     from minionerec.report.outputs import Output
 
     labels = labels_of(list(results))
@@ -222,6 +220,14 @@ def write_page(path: Path, results: Mapping[Path, dict], options: Options) -> No
         metrics, ranks = read_metrics(folder), read_ranks(folder)
         ranks = {name: ranks[name] for name in metrics if name in ranks}
         outputs.append(Output(labels[folder], folder, own, metrics, ranks, read_records(folder)))
+    return outputs
+
+
+def write_page(path: Path, outputs: list, options: Options) -> None:
+    """Write the page of these outputs."""
+    from minionerec.report import facts, page, rows, sids
+    from minionerec.report import results as tables
+
     sections = [
         tables.results_section(outputs, PUBLISHED if options.published else None, options.published, options.seed),
         tables.training_section(outputs),
@@ -232,7 +238,7 @@ def write_page(path: Path, results: Mapping[Path, dict], options: Options) -> No
         facts.data_section(outputs),
         facts.provenance_section(outputs),
     ]
-    page.write(path, "MiniOneRec report", ", ".join(labels.values()), sections)
+    page.write(path, "MiniOneRec report", ", ".join(output.label for output in outputs), sections)
 
 
 def labels_of(folders: list[Path]) -> dict[Path, str]:
@@ -251,7 +257,7 @@ def main(options: Options) -> None:
         print(f"test rows, by item, full catalog ({printable(str(folder))})")
         print(tables_of(own))
     path = Path(options.html or folders[0] / "report.html")
-    write_page(path, results, options)
+    write_page(path, outputs_of(results), options)
     print(f"\nreport       {printable(str(path))}")
 
 

@@ -44,7 +44,8 @@ def to_svg(figure, alt: str) -> Markup:
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    # The style of matplotlib would apply to the whole page; page.css has it for plots only.
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)
     for name, color in [(INK, "currentColor"), (LINE, "var(--line)"), *zip(SERIES, _variables(), strict=True)]:
         text = text.replace(name, color)
     prefix = f"f{next(_numbers)}-"
