@@ -22,7 +22,7 @@ def visit(url: str, folder: Path, width: int = 1280, dark: bool = False) -> Visi
     log = folder / "net.json"
     command = [
         CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-default-apps", "--disable-sync", "--disable-extensions",
+        "--disable-component-update", "--disable-default-apps", "--disable-sync", "--disable-features=AutofillServerCommunication", "--disable-extensions",
         "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1", "--enable-logging=stderr", f"--window-size={width},1200",
         f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--user-data-dir={folder / 'profile'}",
         f"--log-net-log={log}", "--virtual-time-budget=3000", "--dump-dom", url,
