@@ -348,8 +348,8 @@ def main(options: Options) -> None:
     if options.blend_path:
         blend(options, outputs, settings, data, rows, model, tokenizer)
     record.record["processes"] = process.num_processes
-    record.finish()
     model_card.add_test(Path(options.base_model), read_json(outputs.metrics, "result_json_data"))
+    record.finish()
     remove_parts(outputs.parts)
     show(outputs)
 

@@ -26,11 +26,10 @@ def data_section(outputs: Sequence[Output]) -> Section:
 
 def _statistics(output: Output, suffix: str) -> list:
     data = output.data
-    splits = {name: rows for name in ("train", "valid", "test") if (rows := getattr(data, name)) is not None}
-    n_items = data.catalog.n_items
-    known = set()
-    if data.train is not None:
-        known = set(data.train["target"].to_list()) | set(data.train["seen"].explode().drop_nulls().to_list())
+    splits, n_items, known = data.splits, len(data.titles), set()
+    train = splits.get("train")
+    if train is not None:
+        known = set(train["target"].to_list()) | set(train["seen"].explode().drop_nulls().to_list())
     rows = []
     for name, split in splits.items():
         lengths, targets = split["seen"].list.len().to_numpy(), split["target"].to_numpy()
@@ -45,8 +44,8 @@ def _statistics(output: Output, suffix: str) -> list:
         )  # fmt: skip
     header = ["split", "rows", "users", "distinct targets", "history, mean (median, most)", "repeats", "not in train"]
     blocks = [Table(f"Splits, {n_items:,} items{suffix}", header, rows)]
-    if data.train is not None:
-        counts = np.sort(np.bincount(data.train["target"].to_numpy(), minlength=n_items))[::-1]
+    if train is not None:
+        counts = np.sort(np.bincount(train["target"].to_numpy(), minlength=n_items))[::-1]
         share = counts.cumsum() / max(counts.sum(), 1)
         places = np.unique(np.linspace(0, n_items - 1, min(n_items, 60)).astype(int))
         points = [(float(100 * (place + 1) / n_items), float(share[place])) for place in places]

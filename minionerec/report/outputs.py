@@ -1,14 +1,25 @@
 """What the stages have left in an output folder of run.sh, read for the report. What is missing is empty."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from minionerec.common import runs
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+class Dataset(NamedTuple):
+    """Titles by item, and the rows of the splits that are there, as of `read_sequences`."""
+
+    titles: Sequence[str]
+    splits: Mapping[str, "pl.DataFrame"]
 
 
 @dataclass
@@ -69,23 +80,26 @@ class Output:
         return None
 
     @cached_property
-    def data(self):
-        """`data.Data` of the test rows' catalog with the splits that are there; None without a catalog.
+    def data(self) -> Dataset | None:
+        """The data that the stages were given; None without a catalog. Raises `UserError` where a file is malformed.
 
-        Uses the files that evaluations were given. Raises `UserError` where they are malformed.
+        Items are read by their ids: baselines and language models may have had different SIDs.
         """
-        from data import load
+        from minionerec.catalog.items import read_info
+        from minionerec.catalog.sequences import read_sequences
 
         info = self.file("info_file")
         if info is None:
             return None
+        items = read_info(info)
+        names = {"train": ["train_file"], "valid": ["eval_file", "valid_file"], "test": ["test_data_path", "test_file"]}
+        paths = {split: self.file(*options) for split, options in names.items()}
         splits = {
-            "train": ["train_file"],
-            "valid": ["eval_file", "valid_file"],
-            "test": ["test_data_path", "test_file"],
+            split: read_sequences(path, items.sids, names[split][0], max_history=10**6, check_sids=False)
+            for split, path in paths.items()
+            if path
         }
-        files = {name: path for name, options in splits.items() if (path := self.file(*options))}
-        return load(info_file=info, **files, max_history=10**6)
+        return Dataset(items.titles, splits)
 
 
 def is_current(path: Path) -> bool:

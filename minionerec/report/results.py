@@ -147,14 +147,12 @@ def training_section(outputs: Sequence[Output]) -> Section:
 
 def _curves(log: list[dict]) -> list[tuple[str, str, dict]]:
     """(title, y label, {series: points}) of what a log holds."""
-    names = dict.fromkeys(name for entry in log for name in entry)
+    names = list(dict.fromkeys(name for entry in log for name in entry))
     rewards = {name: name.removeprefix("rewards/").removesuffix("/mean") for name in names if _is_reward(name)}
-    cutoffs = sorted({int(n.rpartition("@")[2]) for n in names if n.startswith("eval_HR@") and n[8:].isdigit()})
-    shown = [k for k in cutoffs if k in (1, 10)] + cutoffs[-1:]
     groups = [
         ("loss", "loss", {"loss": "train", "eval_loss": "valid, nats per answer token"}),
-        ("HR@K on valid", "HR@K", {f"eval_HR@{k}": f"HR@{k}" for k in dict.fromkeys(shown)}),
-        ("NDCG@K on valid", "NDCG@K", {f"eval_NDCG@{k}": f"NDCG@{k}" for k in dict.fromkeys(shown) if k > 1}),
+        ("HR@K on valid", "HR@K", _at_cutoffs(names, "HR")),
+        ("NDCG@K on valid", "NDCG@K", _at_cutoffs(names, "NDCG")),
         ("reward by function, mean", "reward", rewards),
         ("KL divergence from the reference", "nats per token", {"kl": "mean", "kl_median": "median"}),
         ("groups without signal", "share of groups", {"group/dead": "all rewards equal"}),
@@ -167,6 +165,14 @@ def _curves(log: list[dict]) -> list[tuple[str, str, dict]]:
     ]
     found = [(title, y, {label: curve(log, name) for name, label in keys.items()}) for title, y, keys in groups]
     return [(title, y, series) for title, y, each in found if (series := {k: v for k, v in each.items() if v})]
+
+
+def _at_cutoffs(names: Sequence[str], metric: str) -> dict[str, str]:
+    """{name in the log: label} of a validation metric at 1, 10 and the largest K."""
+    known = (name.removeprefix(f"eval_{metric}@") for name in names if name.startswith(f"eval_{metric}@"))
+    found = sorted(int(k) for k in known if k.isdecimal())
+    shown = [k for k in found if k in (1, 10) or k == found[-1]]
+    return {f"eval_{metric}@{k}": f"{metric}@{k}" for k in shown if metric == "HR" or k > 1}  # NDCG@1 is HR@1
 
 
 def _is_reward(name: str) -> bool:

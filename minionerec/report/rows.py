@@ -145,7 +145,7 @@ def users_section(outputs: Sequence[Output], count: int, seed: int) -> Section:
 
 
 def _users(output: Output, tops: dict[str, np.ndarray], count: int, seed: int) -> list[User]:
-    test, titles = output.data.test, output.data.items.titles
+    test, titles = output.data.splits.get("test"), output.data.titles
     models = [name for name in tops if test is not None and _is_of(output, name, test)]
     if not models:
         return []

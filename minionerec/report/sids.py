@@ -35,7 +35,7 @@ def sids_section(outputs: Sequence[Output], map_items: int, seed: int) -> Sectio
         for name, path in list(output.indexes.items())[:1]:
             codes = read_codes(path, "output_dir")
             title = f"{output.label}: {name}" if several else name
-            titles = output.data.items.titles if output.data is not None else [""] * len(codes)
+            titles = output.data.titles if output.data is not None else [""] * len(codes)
             if len(titles) == len(codes):
                 blocks += [*_buckets(title, codes, titles), *_map(title, path, codes, titles, output, map_items, seed)]
     lead = (

@@ -102,6 +102,7 @@ def test_curves_are_those_of_the_logs(page):
     assert cells(page, "sft: HR@K on valid")["3"] == ["0.3000"]
     assert cells(page, "rl: reward by function, mean")["2"] == ["0.2000", "0.5000"]
     assert cells(page, "rl: the target&#39;s prefix in its group")["1"] == ["0.9000", "0.5000"]
+    assert cells(page, "sft: NDCG@K on valid")["3"] == ["0.1500"]
     assert cells(page, "rl: groups without signal")["0"] == ["0.5000"]
 
 
