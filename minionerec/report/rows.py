@@ -11,6 +11,7 @@ from minionerec.report.blocks import Section, Table, Text, User, Users, number
 from minionerec.report.outputs import Output
 
 KINDS = {"popularity": "popularity of the target", "history": "items in the history"}
+SHORT = {"popularity": "target", "history": "history"}
 BASELINES = ("popularity", "markov", "sasrec", "gru4rec", "caser")
 EDGES = {"1": 1, "2–3": 3, "4–5": 5, "6–10": 10, "11–20": 20, "21–50": 50}  # places, up to this one
 SHOWN = 5  # items of each model for a sample user
@@ -72,9 +73,9 @@ def _net(own: np.ndarray, other: np.ndarray) -> str:
 def _groups(arrays: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
     """{name: mask (rows,)} of all test rows and of each slice, in the order of `LABELS`."""
     groups = {"all": np.ones(rows, dtype=bool)}
-    for kind, words in KINDS.items():
+    for kind in KINDS:
         labels = arrays.get(f"slice_{kind}", np.array([]))
-        groups |= {f"{words}: {label}": labels == label for label in LABELS if (labels == label).any()}
+        groups |= {f"{SHORT[kind]} {label}": labels == label for label in LABELS if (labels == label).any()}
     return groups
 
 
