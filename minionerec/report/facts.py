@@ -37,7 +37,7 @@ def _statistics(output: Output, suffix: str) -> list:
         new = np.mean([target not in known for target in targets.tolist()]) if known else None
         rows.append(
             [
-                name, len(split), split["user"].n_unique(), len(np.unique(targets)),
+                name, number(len(split)), number(split["user"].n_unique()), number(len(np.unique(targets))),
                 f"{lengths.mean():.1f} ({int(np.median(lengths))}, {int(lengths.max())})",
                 f"{np.mean(repeats):.1%}", "–" if new is None else f"{new:.1%}",
             ]
@@ -57,13 +57,13 @@ def _statistics(output: Output, suffix: str) -> list:
                 f"{int((counts == 0).sum()):,} items are never a target in train."
             )
         )
-    edges = {"0": 0, "1–2": 2, "3–5": 5, "6–10": 10, "11–20": 20, "21–50": 50, "51–100": 100}
+    edges = {"0": 0, "1–2": 2, "3–5": 5, "6–10": 10, "11–20": 20, "21–50": 50}
     series = {}
     for name, split in splits.items():
         bins = np.searchsorted(list(edges.values()), split["seen"].list.len().to_numpy())
         series[name] = (np.bincount(bins, minlength=len(edges) + 1) / len(split)).tolist()
     title = f"Length of the history, share of rows{suffix}"
-    return [*blocks, figures.bars(title, "items", "share", [*edges, "101+"], series)]
+    return [*blocks, figures.bars(title, "items", "share", [*edges, "51+"], series)]
 
 
 # ------------------------------------------------------------------------------------------------ provenance
