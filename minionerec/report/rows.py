@@ -55,7 +55,7 @@ def _gains(output: Output, several: bool) -> list:
         models = [m for m in ranks if m not in BASELINES and _same_rows(output, m, baseline)]
         if models:
             rows = [
-                [name, int(here.sum()), *(_net(ranks[model][here], ranks[baseline][here]) for model in models)]
+                [name, int(here.sum()), *(net(ranks[model][here], ranks[baseline][here]) for model in models)]
                 for name, here in _groups(output.ranks[models[0]], len(ranks[baseline])).items()
             ]
             title = f"Hits in the first 10 against {baseline}: gained, lost, net" + (
@@ -65,7 +65,8 @@ def _gains(output: Output, several: bool) -> list:
     return tables
 
 
-def _net(own: np.ndarray, other: np.ndarray) -> str:
+def net(own: np.ndarray, other: np.ndarray) -> str:
+    """How many rows are in the first ten of `own` ranks and not of `other`, and the reverse."""
     gained, lost = int(((own < TOP) & (other >= TOP)).sum()), int(((own >= TOP) & (other < TOP)).sum())
     return f"{gained} gained, {lost} lost: {gained - lost:+d}"
 

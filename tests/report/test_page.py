@@ -19,7 +19,7 @@ from minionerec.common.errors import UserError
 from minionerec.common.text import printable
 from minionerec.report import figures
 from minionerec.report.results import results_section
-from minionerec.report.rows import histogram
+from minionerec.report.rows import histogram, net
 from minionerec.report.sids import gini, project
 
 from .conftest import TITLES, write_output
@@ -197,6 +197,11 @@ def test_published_rows_come_with_their_protocol(output):
 def test_shares_of_ranks():
     ranks = np.array([0, 1, 2, 9, 10, 49, 50, np.iinfo(np.int64).max])
     assert histogram(ranks) == [1 / 8, 2 / 8, 0, 1 / 8, 1 / 8, 1 / 8, 2 / 8]
+
+
+def test_a_gain_is_a_hit_that_the_other_misses():
+    own, other = np.array([0, 9, 9, 10, 30, 5]), np.array([10, 10, 0, 9, 40, 3])
+    assert net(own, other) == "2 gained, 1 lost: +1" and net(other, own) == "1 gained, 2 lost: -1"
 
 
 def test_gini():
