@@ -1,7 +1,7 @@
 """The results of a run of run.sh: a table of what its stages measured, and report.html, a page with everything.
 
     python report.py --output_dir output/quickstart
-    python report.py --output_dir output/quickstart output/other --html output/compare.html
+    python report.py --output_dir output/quickstart output/other --report_file output/compare.html
 
 Reads what the stages left in `output_dir`: metrics (`<model>/metrics.json`, `<model>.metrics.json`), ranks next to them,
 logs of trainings and the records of runs. Prints the table, writes the page (docs/report.md), and in each folder
@@ -39,17 +39,17 @@ NOT_MODELS = ("unseen", "headline", "baseline", "intervals", "differences", "sec
 @dataclass
 class Options(StageOptions):
     output_dir: list[str] = option([], "folders of runs of run.sh; several are shown side by side", role=INPUT)
-    html: str = option("", "the page; default: report.html in the first folder", role=OUTPUT)
+    report_file: str = option("", "the page; default: report.html in the first folder", role=OUTPUT)
     published: str = option(
         "", f"add the published rows of this data set, a name in the column data of {PUBLISHED.name}"
     )
-    users: int = option(30, "sample users on the page")
+    sample_users: int = option(30, "sample users on the page")
     map_items: int = option(2000, "items on the map of semantic IDs, drawn by seed; 0: no map")
     seed: int = option(42, "seed of the paired bootstrap, of the sample users and of the map")
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(0, "users", "map_items")
+        self.at_least(0, "sample_users", "map_items")
 
 
 # ------------------------------------------------------------------------------------------------ what is found
@@ -234,7 +234,7 @@ def write_page(path: Path, outputs: list, options: Options) -> None:
         sids.sids_section(outputs, options.map_items, options.seed),
         rows.slices_section(outputs),
         rows.ranks_section(outputs),
-        rows.users_section(outputs, options.users, options.seed),
+        rows.users_section(outputs, options.sample_users, options.seed),
         facts.data_section(outputs),
         facts.provenance_section(outputs),
     ]
@@ -256,7 +256,7 @@ def main(options: Options) -> None:
         write_json(folder / "results.json", own)
         print(f"test rows, by item, full catalog ({printable(str(folder))})")
         print(tables_of(own))
-    path = Path(options.html or folders[0] / "report.html")
+    path = Path(options.report_file or folders[0] / "report.html")
     write_page(path, outputs_of(results), options)
     print(f"\nreport       {printable(str(path))}")
 

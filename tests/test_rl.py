@@ -498,6 +498,8 @@ def test_the_launcher_trains_what_evaluate_sh_scores(world, sft_checkpoint, tmp_
     assert not equal_weights(sft_checkpoint, tmp_path / "rl")
     assert (tmp_path / "rl" / "prompt.yaml").read_text() == (sft_checkpoint / "prompt.yaml").read_text()
     run_stage("evaluate.sh", env=evaluation(world, tmp_path / "rl", tmp_path / "rl.json"))
+    metrics = json.loads((tmp_path / "rl.metrics.json").read_text())
+    assert f"| HR@10 | {metrics['item']['HR@10']:.4f} [" in (tmp_path / "rl" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.distributed

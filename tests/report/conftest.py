@@ -82,5 +82,5 @@ def page(output):
     """The report of `output`, as text."""
     import report
 
-    report.main(report.Options(output_dir=[str(output)], users=5))
+    report.main(report.Options(output_dir=[str(output)], sample_users=5))
     return (output / "report.html").read_text(encoding="utf-8")
