@@ -338,7 +338,7 @@ def test_run(options, start, world, reward_files, tmp_path, settings):
     assert {"config.json", "tokenizer.json", "prompt.yaml", "minionerec.json", "run.json"} <= names
     assert not any(name.startswith(("checkpoint-", "adapter")) for name in names)
     card = (tmp_path / "rl" / "README.md").read_text(encoding="utf-8")
-    assert "reinforcement learning (GRPO)" in card and f"| model_path | `{start}` |" in card  # not TRL's
+    assert "reinforcement learning (GRPO)" in card and f"| model_path | `…/{start.name}` |" in card  # not TRL's
     log = [json.loads(line) for line in (tmp_path / "rl" / "log.jsonl").read_text().splitlines()]
     assert any("kl" in entry or "reward" in entry for entry in log) and any("eval_NDCG@10" in entry for entry in log)
     stored = SETTINGS._replace(space=settings.get("space", "vocab"))

@@ -36,7 +36,8 @@ def write(run: runs.Run, *, base_model: str = "", test: Mapping | None = None) -
     if path.exists() and not runs.is_our_card(path):
         print(f"note: {path} was not written by this program and is kept; the model card is not written")
         return
-    record = run.record | {"seconds": run.seconds(), "device": runs.device()}
+    options = {name: portable(value) for name, value in run.record["options"].items()}
+    record = run.record | {"options": options, "seconds": run.seconds(), "device": runs.device()}
     _write(path, card_of(folder, record, base_model, test))
 
 
@@ -88,7 +89,7 @@ def card_of(folder: Path, record: Mapping, base_model: str, test: Mapping | None
         f"---\n{data.to_yaml()}\n---\n{runs.CARD_MARK}",
         f"# {text(name)}",
         f"{KINDS.get(stage, stage)} Trained with MiniOneRec.",
-        f"- Base model: {code(base_model) if base_model else 'none, the weights were random'}",
+        f"- Base model: {code(portable(base_model)) if base_model else 'none, the weights were random'}",
         *_section("Test metrics", f"{TEST}\n{test_table(test) if test else NO_TEST}\n{END}"),
         *_section("Validation", validation(folder, test)),
         *_section("Use", usage(name) if language_model else "Read with `load_checkpoint` of `minionerec.baselines.models`."),
@@ -178,6 +179,16 @@ def usage(name: str) -> str:
         "Generation must be constrained to the catalog: `model.generate` alone writes SIDs of no item.\n\n"
         f'```bash\npython recommend.py --base_model {shlex.quote(name)} --info_file <info file> --history "<item>; <item>"\n```'
     )
+
+
+def portable(value):
+    """An option's value for a card that others read: an absolute path from the project's root, or only its last part."""
+    if isinstance(value, list):
+        return [portable(part) for part in value]
+    if not isinstance(value, str) or not Path(value).is_absolute():
+        return value
+    path = Path(value)
+    return str(path.relative_to(runs.ROOT)) if path.is_relative_to(runs.ROOT) else f"…/{path.name}"
 
 
 def inputs_of(record: Mapping) -> list[tuple[str, str, str]]:

@@ -60,6 +60,7 @@ def test_a_card_has_the_facts_of_the_run(folder):
         "| 5 | 1.5000 | 0.2500 |",
     ):  # fmt: skip
         assert said in text
+    assert str(folder.parent) not in text and "| data | `…/train.csv` |" in text  # no path of this machine
     assert "1.0000" not in text and "category" not in text.split("## Use")[1].split("## Made with")[0]
 
 
@@ -103,7 +104,7 @@ def test_values_cannot_change_the_form(folder, value):
     assert not [line for line in lines if line.startswith("<script")]
 
 
-def test_nothing_depends_on_a_card(folder):
+def test_nothing_depends_on_a_card(folder, capsys):
     run, text = made(folder)
     with_card = runs.digest(folder)
     assert "README.md" not in run.record["outputs"] and begin(folder).complete
@@ -111,8 +112,9 @@ def test_nothing_depends_on_a_card(folder):
     assert runs.digest(folder) == with_card and begin(folder).complete
     (folder / "README.md").unlink()
     assert runs.digest(folder) == with_card and begin(folder).complete
+    capsys.readouterr()
     model_card.add_test(folder, TEST)  # no card: nothing to do
-    assert not (folder / "README.md").exists()
+    assert capsys.readouterr().out == "" and not (folder / "README.md").exists()
 
 
 def test_a_file_of_the_user_is_kept(folder, capsys):

@@ -37,6 +37,24 @@ def test_the_page_does_not_scroll_sideways(page, tmp_path, width):
     assert int(scroll) <= int(inner) == width
 
 
+def test_the_map_shows_titles_and_the_items_of_a_code(page, tmp_path):
+    acting = """
+        const dot = document.querySelector("circle"), tip = document.querySelector(".tip"), found = [];
+        dot.dispatchEvent(new PointerEvent("pointermove", {bubbles: true}));
+        found.push(tip.textContent.endsWith(dot.dataset.tip), dot.classList.contains("on"));
+        const select = document.querySelector("select");
+        select.value = dot.dataset.code;
+        select.dispatchEvent(new Event("change"));
+        const off = [...document.querySelectorAll("circle.off")];
+        found.push(off.length > 0, off.every((other) => other.dataset.code !== dot.dataset.code));
+        found.push(tip.textContent.includes(dot.dataset.tip));
+        document.title = found.join();"""
+    text = page.replace("</script>\n</body>", f"{acting}</script>\n</body>")
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", text)
+    (tmp_path / "report.html").write_text(text, encoding="utf-8")
+    assert "<title>true,true,true,true,true</title>" in visit(f"file://{tmp_path}/report.html", tmp_path).dom
+
+
 def test_what_the_helper_would_find(tmp_path):
     (tmp_path / "bad.html").write_text(
         "<img src=http://evil.example/x.png><script>console.error(1); missing()</script>"
