@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from minionerec.common import runs
+from minionerec.common import model_card, runs
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file, read_json, write_json
 from minionerec.common.options import INPUT, OUTPUT, RUNTIME, StageOptions, is_number, option, run
@@ -245,7 +245,7 @@ def write(options: Options, outputs: Outputs, settings, data, rows, found: Mappi
         pl.DataFrame(predictions, infer_schema_length=None).write_parquet(f)
 
     ranks = protocols.by_beams({name: each.sid_rows for name, each in found.items()}, rows, data.catalog)
-    protocols.write_ranks(outputs.ranks, ranks)
+    protocols.write_ranks(outputs.ranks, ranks, rows, data.train, data.catalog.n_items)
     cutoffs = [k for k in CUTOFFS if k <= options.num_beams]  # the beams say nothing of later places
     metrics = {
         "base_model": options.base_model,
@@ -304,7 +304,7 @@ def blend(options: Options, outputs: Outputs, settings, data, rows, model, token
     weights, chosen = blend_weights_of(options, data, candidates, valid)
     found, targets = candidates(rows), rows["target"].to_list()
     ranks = {name: blend.ranked(each, weights.of(each), targets, data.catalog) for name, each in found.items()}
-    protocols.write_ranks(outputs.blend_ranks, ranks)
+    protocols.write_ranks(outputs.blend_ranks, ranks, rows, data.train, data.catalog.n_items)
     result = {"blend_path": options.blend_path} | chosen
     write_json(outputs.blend_metrics, result | protocols.report(ranks, rows, data.train, data.catalog, options.seed))
 
@@ -357,6 +357,7 @@ def main(options: Options) -> None:
     if options.blend_path:
         blend(options, outputs, settings, data, rows, model, tokenizer, *to_blend)
     record.record["processes"] = process.num_processes
+    model_card.add_test(Path(options.base_model), read_json(outputs.metrics, "result_json_data"))
     record.finish()
     remove_parts(outputs.parts)
     show(outputs)

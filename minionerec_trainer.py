@@ -412,6 +412,9 @@ class ReReTrainer(GRPOTrainer):
         if self.args.sync_ref_model:
             self._load_reference(require_file(Path(checkpoint) / REFERENCE, "resume_from_checkpoint"))
 
+    def create_model_card(self, *_, **__):
+        """Not TRL's: the stage writes the card (minionerec/common/model_card.py)."""
+
     def _save_reference(self, path: Path) -> None:
         tensors = {}
         for name, parameter in self.accelerator.unwrap_model(self.ref_model).named_parameters():

@@ -1,9 +1,11 @@
-"""The table of a run of run.sh: what its stages measured on the test rows, side by side.
+"""The results of a run of run.sh: a table of what its stages measured, and report.html, a page with everything.
 
     python report.py --output_dir output/quickstart
+    python report.py --output_dir output/quickstart output/other --report_file output/compare.html
 
 Reads what the stages left in `output_dir`: metrics (`<model>/metrics.json`, `<model>.metrics.json`), ranks next to them,
-and the seconds in the records of runs. Writes `results.json` there and prints it:
+logs of trainings and the records of runs. Prints the table, writes the page (docs/report.md), and in each folder
+`results.json`:
 
     {"<model>": {"HR@5": …, …}, …,                                   all items, by item
      "unseen": {"<model>": {"HR@5": …, …}, …},                       without the items that the user already has
@@ -23,8 +25,8 @@ from pathlib import Path
 
 from minionerec.common import runs
 from minionerec.common.errors import UserError
-from minionerec.common.files import read_json, write_json
-from minionerec.common.options import INPUT, StageOptions, option, run
+from minionerec.common.files import read_json, require_file, write_json
+from minionerec.common.options import INPUT, OUTPUT, StageOptions, option, run
 from minionerec.common.text import printable
 
 BASELINES = ("popularity", "markov", "sasrec", "gru4rec", "caser")
@@ -32,13 +34,24 @@ ORDER = (*BASELINES, "sft", "rl")  # other models follow, by name
 CUTOFFS = (5, 10, 20)
 COMPARED = ("HR@10", "NDCG@10")
 PROTOCOLS = {"all": "all items", "unseen": "unseen items (the user's earlier items leave the ranking)"}
+PUBLISHED = Path(__file__).parent / "results" / "published.csv"
 NOT_MODELS = ("unseen", "headline", "baseline", "intervals", "differences", "seconds")  # keys of results.json
 
 
 @dataclass
 class Options(StageOptions):
-    output_dir: str = option("", "folder of a run of run.sh", role=INPUT)
-    seed: int = option(42, "seed of the paired bootstrap")
+    output_dir: list[str] = option([], "folders of runs of run.sh; several are shown side by side", role=INPUT)
+    report_file: str = option("", "the page; default: report.html in the first folder", role=OUTPUT)
+    published: str = option(
+        "", f"add the published rows of this data set, a name in the column data of {PUBLISHED.name}"
+    )
+    sample_users: int = option(30, "sample users on the page")
+    map_items: int = option(2000, "items on the map of semantic IDs, drawn by seed; 0: no map")
+    seed: int = option(42, "seed of the paired bootstrap, of the sample users and of the map")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(0, "sample_users", "map_items")
 
 
 # ------------------------------------------------------------------------------------------------ what is found
@@ -80,8 +93,8 @@ def check_metrics(path: Path, content: dict) -> None:
         raise UserError(f"{path}: not metrics of evaluate.py or sasrec.py; remove it and run that stage again")
 
 
-def read_seconds(folder: Path) -> dict[str, float]:
-    """{stage: seconds} of the finished runs, in the order in which they began.
+def read_records(folder: Path) -> dict[str, dict]:
+    """{stage: record} of the finished runs, in the order in which they began.
 
     A stage that ran once is its record's stage; one that ran several times is the name of the model's folder, or the
     name before .run.json and the stage (`sft_evaluate`).
@@ -99,19 +112,23 @@ def read_seconds(folder: Path) -> dict[str, float]:
             return stage
         return path.parent.name if path.name == runs.RECORD else f"{path.name.removesuffix(f'.{runs.RECORD}')}_{stage}"
 
-    return {name(path, record["stage"]): record["seconds"] for path, record in records}
+    return {name(path, record["stage"]): record for path, record in records}
 
 
-def read_ranks(folder: Path, protocol: str) -> dict:
-    """{model: ranks by item (rows,)} of the models that have stored them."""
+def read_seconds(folder: Path) -> dict[str, float]:
+    """{stage: seconds} of the finished runs."""
+    return {name: record["seconds"] for name, record in read_records(folder).items()}
+
+
+def read_ranks(folder: Path) -> dict[str, dict]:
+    """{model: the arrays of its ranks.npz} of the models that have stored them."""
     import numpy as np
 
     ranks = {}
     for name, path in find(folder, "ranks.npz").items():
         try:
             with np.load(path, allow_pickle=False) as content:
-                if f"{protocol}_item" in content:
-                    ranks[name] = content[f"{protocol}_item"]
+                ranks[name] = dict(content)
         except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path}: a damaged .npz ({error}); remove it and run that stage again") from None
     return ranks
@@ -162,12 +179,14 @@ def results_of(folder: Path, seed: int) -> dict:
         name: {metric: own["intervals"][metric] for metric in COMPARED if metric in own.get("intervals", {})}
         for name, own in content.items()
     }
+    stored = read_ranks(folder).items()
+    ranks = {name: arrays[f"{headline}_item"] for name, arrays in stored if f"{headline}_item" in arrays}
     return tables["all"] | {
         "unseen": tables["unseen"],
         "headline": headline,
         "baseline": baseline,
         "intervals": intervals,
-        "differences": compare(read_ranks(folder, headline), baseline, seed),
+        "differences": compare(ranks, baseline, seed),
         "seconds": read_seconds(folder),
     }
 
@@ -207,13 +226,58 @@ def cells(results: dict, models: Iterable[str]) -> list[str]:
     return found
 
 
+# ------------------------------------------------------------------------------------------------ the page
+
+
+def outputs_of(results: Mapping[Path, dict]) -> list:
+    """The `Output` of each folder; results: {folder: content of its results.json}."""
+    from minionerec.report.outputs import Output
+
+    labels = labels_of(list(results))
+    outputs = []
+    for folder, own in results.items():
+        metrics, ranks = read_metrics(folder), read_ranks(folder)
+        ranks = {name: ranks[name] for name in metrics if name in ranks}
+        outputs.append(Output(labels[folder], folder, own, metrics, ranks, read_records(folder)))
+    return outputs
+
+
+def write_page(path: Path, outputs: list, options: Options) -> None:
+    """Write the page of these outputs."""
+    from minionerec.report import facts, page, rows, sids
+    from minionerec.report import results as tables
+
+    sections = [
+        tables.results_section(outputs, PUBLISHED if options.published else None, options.published, options.seed),
+        tables.training_section(outputs),
+        sids.sids_section(outputs, options.map_items, options.seed),
+        rows.slices_section(outputs),
+        rows.ranks_section(outputs),
+        rows.users_section(outputs, options.sample_users, options.seed),
+        facts.data_section(outputs),
+        facts.provenance_section(outputs),
+    ]
+    page.write(path, "MiniOneRec report", ", ".join(output.label for output in outputs), sections)
+
+
+def labels_of(folders: list[Path]) -> dict[Path, str]:
+    """A short name for each folder: its last part, or the whole path where two share that."""
+    times = Counter(folder.resolve().name for folder in folders)
+    return {folder: folder.resolve().name if times[folder.resolve().name] == 1 else str(folder) for folder in folders}
+
+
 def main(options: Options) -> None:
-    options.require("output_dir")
-    folder = Path(options.output_dir)
-    results = results_of(folder, options.seed)
-    write_json(folder / "results.json", results)
-    print(f"test rows, by item, full catalog ({printable(str(folder))})")
-    print(tables_of(results))
+    if not options.output_dir:
+        raise UserError("--output_dir is required")
+    folders = list(dict.fromkeys(require_file(folder, "output_dir") for folder in options.output_dir))
+    results = {folder: results_of(folder, options.seed) for folder in folders}
+    for folder, own in results.items():
+        write_json(folder / "results.json", own)
+        print(f"test rows, by item, full catalog ({printable(str(folder))})")
+        print(tables_of(own))
+    path = Path(options.report_file or folders[0] / "report.html")
+    write_page(path, outputs_of(results), options)
+    print(f"\nreport       {printable(str(path))}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from minionerec.common import runs
+from minionerec.common import model_card, runs
 from minionerec.common.errors import UserError
 from minionerec.common.options import INPUT, OUTPUT, RUNTIME, StageOptions, option, run
 from minionerec.common.processes import on_main_process
@@ -444,7 +444,7 @@ def main(options: Options) -> None:
     if record.complete:
         return
 
-    from minionerec.language_model.checkpoints import remove_checkpoints, resume_point
+    from minionerec.language_model.checkpoints import remove_checkpoints, resume_point, save_log
 
     settings = settings_of(options)
     data, protocol = read_data(options, settings.max_history)
@@ -455,6 +455,8 @@ def main(options: Options) -> None:
     trainer.train(resume_from_checkpoint=resume)
     save_best(options, trainer, prompts, settings)
     if trainer.args.process_index == 0:
+        save_log(trainer, options.output_dir)
+        model_card.write(record, base_model=options.model_path)
         record.finish()
         remove_checkpoints(options.output_dir, keep=[options.resume_from_checkpoint])
 

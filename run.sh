@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Runs every stage: data, text embedding, baselines, SIDs, SFT, RL, evaluation, a blend; prints one table.
+# Runs every stage: data, text embedding, baselines, SIDs, SFT, RL, evaluation, a blend; prints one table, writes report.html.
 #
 #     bash run.sh                      MovieLens-100K and a small language model; no account, no download from a hub
 #     DATASET=<folder> bash run.sh     your data in the published layout
 #     RAW=sequences FILE=<file> bash run.sh     your data from its source: a reader of preprocess/, with its options as
 #         variables. RAW=amazon:2018 REVIEWS=… META=…, RAW=recbole DIR=…, RAW=movielens DIR=…, RAW=table FILE=… (docs/data.md)
 #
-# Makes .venv (or uses the active environment) and installs the requirements. The results and results.json go to OUTPUT.
+# Makes .venv (or uses the active environment) and installs the requirements. Results, results.json and report.html go to
+# OUTPUT.
 # Re-running skips finished stages and resumes a killed one. A stage whose settings or inputs have changed runs again, and
 # its old result is kept under another name (NAME.1).
 #
@@ -216,7 +217,6 @@ evaluate rl BLEND_PATH="$OUTPUT/sasrec $OUTPUT/markov" BLEND_VALID_FILE="$valid"
 
 echo
 python report.py --output_dir "$OUTPUT"
-echo
 echo "results      $OUTPUT/results.json"
 echo "SIDs         $index"
 echo "checkpoints  $OUTPUT/sft $OUTPUT/rl"

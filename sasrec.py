@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minionerec.baselines.options import TRAINED, BaselineOptions
-from minionerec.common import runs
+from minionerec.common import model_card, runs
 from minionerec.common.errors import UserError
 from minionerec.common.files import read_json, write_json
 from minionerec.common.options import INPUT, OUTPUT, option, run
@@ -107,10 +107,11 @@ def main(options: Options) -> None:
     data, headline = read(options)
     score = build_scorer(options, data, headline)
     test = protocols.by_scores(score, data.test, data.catalog)
-    protocols.write_ranks(Path(options.output_dir) / RANKS, test)
+    protocols.write_ranks(Path(options.output_dir) / RANKS, test, data.test, data.train, data.catalog.n_items)
     result = {"model": options.model} | protocols.report(test, data.test, data.train, data.catalog, options.seed)
     result["valid"] = table(protocols.by_scores(score, data.valid, data.catalog, names=[headline])[headline].item)
     write_json(path, result)
+    model_card.write(record, test=result)
     record.finish()
     show(result)
 

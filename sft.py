@@ -18,7 +18,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from minionerec.common import runs
+from minionerec.common import model_card, runs
 from minionerec.common.errors import UserError
 from minionerec.common.options import INPUT, OUTPUT, RUNTIME, StageOptions, option, run
 from minionerec.common.processes import on_main_process
@@ -418,6 +418,8 @@ def main(options: Options) -> None:
     trainer.accelerator.wait_for_everyone()  # every process has loaded them before the checkpoints are removed
     checkpoints.save_trained(trainer, prompts.path, options.output_dir, settings)
     if args.process_index == 0:
+        checkpoints.save_log(trainer, options.output_dir)
+        model_card.write(record, base_model="" if options.train_from_scratch else options.base_model)
         record.finish()
         checkpoints.remove_checkpoints(options.output_dir, keep=[options.resume_from_checkpoint])
         best = trainer.state

@@ -337,6 +337,10 @@ def test_run(options, start, world, reward_files, tmp_path, settings):
     names = {path.name for path in (tmp_path / "rl").iterdir()}
     assert {"config.json", "tokenizer.json", "prompt.yaml", "minionerec.json", "run.json"} <= names
     assert not any(name.startswith(("checkpoint-", "adapter")) for name in names)
+    card = (tmp_path / "rl" / "README.md").read_text(encoding="utf-8")
+    assert "reinforcement learning (GRPO)" in card and f"| model_path | `…/{start.name}` |" in card  # not TRL's
+    log = [json.loads(line) for line in (tmp_path / "rl" / "log.jsonl").read_text().splitlines()]
+    assert any("kl" in entry or "reward" in entry for entry in log) and any("eval_NDCG@10" in entry for entry in log)
     stored = SETTINGS._replace(space=settings.get("space", "vocab"))
     assert checkpoints.load_settings(tmp_path / "rl") == stored
     files = {"base_model": tmp_path / "rl", "test_data_path": world.test, "info_file": world.info}
@@ -494,6 +498,8 @@ def test_the_launcher_trains_what_evaluate_sh_scores(world, sft_checkpoint, tmp_
     assert not equal_weights(sft_checkpoint, tmp_path / "rl")
     assert (tmp_path / "rl" / "prompt.yaml").read_text() == (sft_checkpoint / "prompt.yaml").read_text()
     run_stage("evaluate.sh", env=evaluation(world, tmp_path / "rl", tmp_path / "rl.json"))
+    metrics = json.loads((tmp_path / "rl.metrics.json").read_text())
+    assert f"| HR@10 | {metrics['item']['HR@10']:.4f} [" in (tmp_path / "rl" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.distributed

@@ -200,6 +200,7 @@ def test_any_causal_lm_folder_is_a_base_model(options, tmp_path, name, tokenizer
 def test_a_checkpoint_is_whole(sft_checkpoint, base_model):
     names = {path.name for path in sft_checkpoint.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "prompt.yaml", "minionerec.json", "run.json"} <= names
+    assert {"README.md", "log.jsonl"} <= names
     assert not any(name.startswith("checkpoint-") for name in names)
     assert checkpoints.load_settings(sft_checkpoint) == checkpoints.Settings("Toys_and_Games", 10, "vocab")
     tokenizer = AutoTokenizer.from_pretrained(sft_checkpoint)

@@ -10,8 +10,8 @@ The record is `run.json` in the result's folder, or `<name>.run.json` next to a 
 the run begins, so that inputs are recorded as they were then, and again when it ends.
 
 The identity of a run is its stage, its options of role SETTING and the digests of its options of role INPUT
-(`minionerec.common.options`). The record also says, outside the identity: command, code version, package versions,
-device, time, seconds, and the files that were written.
+(`minionerec.common.options`). The record also says, outside the identity: command, options of any role that differ from
+their defaults, code version, commit, package versions, device, time, seconds, and the files that were written.
 
     what is found                                    what happens
     no result                                        fresh start
@@ -33,6 +33,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -57,9 +59,11 @@ PACKAGES = (
     "numpy",
     "faiss-cpu",
 )
+LOG = "log.jsonl"  # what a training has logged
+CARD, CARD_MARK = "README.md", "<!-- written by MiniOneRec -->"  # the model card, and how it is told from another's
 # What a folder's digest covers: models, tokenizers, templates, tables. Records, figures and logs are left out.
 DIGESTED = {".json", ".safetensors", ".bin", ".model", ".txt", ".yaml", ".npz", ".npy", ".gguf", ".csv", ".jinja"}
-NOT_DIGESTED = {RECORD, "metrics.json", "trainer_state.json", "training_args.bin", "result.json", "log.jsonl"}
+NOT_DIGESTED = {RECORD, "metrics.json", "trainer_state.json", "training_args.bin", "result.json", LOG}
 
 
 @dataclass
@@ -90,8 +94,7 @@ class Run:
         found = [Path(file) for file in self.files]
         found += [path for pattern in self.writes for path in sorted(base.glob(pattern)) if path.is_file()]
         outputs = {os.path.relpath(path, base): path.stat().st_size for path in found}
-        seconds = round(time.time() - self.record["started"] + self.record.get("seconds_before", 0), 1)
-        self.record |= {"complete": True, "seconds": seconds, "outputs": outputs, "device": device()}
+        self.record |= {"complete": True, "seconds": self.seconds(), "outputs": outputs, "device": device()}
         write_json(self.path, self.record)
         if self.withdraw in WITHDRAWALS:
             WITHDRAWALS.remove(self.withdraw)
@@ -111,6 +114,10 @@ class Run:
         for folder in (*emptied, *self.made):
             with contextlib.suppress(OSError):  # it is not empty, or it is where the moved files are now
                 folder.rmdir()
+
+    def seconds(self) -> float:
+        """Seconds of this run so far."""
+        return round(time.time() - self.record["started"] + self.record.get("seconds_before", 0), 1)
 
 
 def begin(
@@ -150,13 +157,15 @@ def begin(
             reason = difference(found, identity) if found else f"{existing[0].name} was not made by this stage"
             if not getattr(options, "overwrite", False):
                 raise _taken(folder or existing[0], reason)
-            moved = move_aside(existing, folder)
+            moved = move_aside([*existing, *companions(folder)], folder)
             print(f"the old result ({reason}) moves to {target_of(moved, folder)}")
     seconds = found.get("seconds_before", 0) if state == "resume" else 0
     new = identity | {
         "complete": False,
         "command": " ".join(sys.argv),
+        "options": changed_options(options),
         "code": code_version(),
+        "commit": commit(),
         "versions": {"python": platform.python_version()} | versions(),
         "started": time.time(),
         "seconds_before": seconds,
@@ -200,6 +209,16 @@ def identity_of(options, stage: str, inputs: Mapping[str, str | Path]) -> dict:
     return json.loads(json.dumps({"stage": stage, "settings": settings, "inputs": digests}))
 
 
+def changed_options(options) -> dict:
+    """{name: value} of the options of any role whose value is not the default."""
+    changed = {}
+    for field in dataclasses.fields(options):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if getattr(options, field.name) != default:
+            changed[field.name] = getattr(options, field.name)
+    return json.loads(json.dumps(changed, default=str))
+
+
 def accelerate_settings() -> dict:
     """What `accelerate launch` has set that shapes a result: mixed precision and the ZeRO stage."""
     names = {"mixed_precision": "ACCELERATE_MIXED_PRECISION", "zero_stage": "ACCELERATE_DEEPSPEED_ZERO_STAGE"}
@@ -240,6 +259,20 @@ def difference(found: dict, identity: dict) -> str:
     return "no setting differs"
 
 
+def command_line(record: Mapping) -> str:
+    """The command that gives a record's options, also where a launcher took them from variables."""
+    script, _, rest = record.get("command", "").partition(" ")
+    path = Path(script)
+    path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    inner = len(path.parts) > 1 and not path.is_absolute()  # `python -m rq.rqvae` is recorded as its file
+    words = ["-m", ".".join(path.with_suffix("").parts)] if inner else [path.name]
+    if "options" not in record:
+        return f"python {shlex.join(words)} {rest}".strip()
+    for name, value in record["options"].items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return f"python {shlex.join(words)}"
+
+
 # ------------------------------------------------------------------------------------------------ files
 
 
@@ -266,6 +299,22 @@ def results(folder, writes: Sequence[str], files: Sequence, found: dict, path: P
     names += [Path(file) for file in files]
     existing = [name for name in dict.fromkeys(names) if name.exists()]
     return [*existing, path] if existing and found else existing
+
+
+def companions(folder: str | Path) -> list[Path]:
+    """What describes a result in a folder without being part of it: the model card that a stage wrote, and the log."""
+    if not folder:
+        return []
+    card, log = Path(folder) / CARD, Path(folder) / LOG
+    return ([card] if is_our_card(card) else []) + ([log] if log.is_file() else [])
+
+
+def is_our_card(path: Path) -> bool:
+    """Whether a stage has written this README.md (minionerec/common/model_card.py)."""
+    try:
+        return CARD_MARK in path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def move_aside(existing: Sequence[Path], folder: str | Path) -> list[tuple[Path, Path]]:
@@ -314,6 +363,16 @@ def code_version() -> str:
     for file in sorted(files):
         total.update(file.read_bytes())
     return total.hexdigest()
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the code, with -dirty where files differ from it; empty outside a git checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 @functools.cache

@@ -7,7 +7,6 @@ from minionerec.decoding.lm_head import LMHead, allowed_log_probs
 from minionerec.decoding.tree_attention import PromptTree, require_tree_attention
 
 
-@torch.no_grad()
 def score_rows(
     model,
     trie: Trie,
@@ -19,15 +18,32 @@ def score_rows(
 ) -> torch.Tensor:
     """Log-probabilities in nats of the SIDs `rows` (prompts, n) after each prompt: (prompts, n), -inf where a row is -1.
 
-    paths: (SIDs, depth + 1) the trie's nodes along each SID, as of `sid_paths`; input_ids, attention_mask: (prompts,
-    length), padded on either side. A restriction of the trie by prompt is part of the normaliser in space `catalog`, as
-    it is in `beam_search`; a SID that it excludes has -inf.
+    The sums of `level_scores` over levels.
+    """
+    return level_scores(model, trie, paths, input_ids, attention_mask, rows, space).sum(dim=2)
+
+
+@torch.no_grad()
+def level_scores(
+    model,
+    trie: Trie,
+    paths: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    rows: torch.Tensor,
+    space: str = "catalog",
+) -> torch.Tensor:
+    """Log-probabilities in nats of each level of the SIDs `rows` (prompts, n) given the levels before: (prompts, n, depth).
+
+    0 after the end of a shorter SID, -inf where a row is -1. paths: (SIDs, depth + 1) the trie's nodes along each SID, as
+    of `sid_paths`; input_ids, attention_mask: (prompts, length), padded on either side. A restriction of the trie by prompt
+    is part of the normaliser in space `catalog`, as it is in `beam_search`; a SID that it excludes has -inf.
     """
     require_tree_attention(model)
     trie, head = trie.to(input_ids.device), LMHead.of(model)
     tree = PromptTree(model, input_ids, attention_mask)
     nodes = paths.to(rows.device)[rows.clamp(min=0)]  # (prompts, n, depth + 1)
-    total = torch.zeros(rows.shape, device=rows.device)
+    found = torch.zeros(*rows.shape, trie.depth, device=rows.device)
     own = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
     for depth in range(trie.depth):
         node, child = nodes[..., depth], nodes[..., depth + 1]
@@ -38,11 +54,11 @@ def score_rows(
         width = (*rows.shape, log_probs.shape[-1])
         chosen = (allowed.node.expand(width) == child.unsqueeze(-1)) & allowed.mask.expand(width)
         value = log_probs.expand(width).masked_fill(~chosen, -torch.inf).amax(dim=-1)
-        total = total + value.masked_fill(~running, 0.0)
+        found[..., depth] = value.masked_fill(~running, 0.0)
         if depth + 1 < trie.depth:
             token = (allowed.token.expand(width) * chosen).sum(dim=-1)
             tree.grow(token, own if depth else torch.zeros_like(own))
-    return total.masked_fill(rows < 0, -torch.inf)
+    return found.masked_fill((rows < 0).unsqueeze(-1), -torch.inf)
 
 
 def sid_paths(trie: Trie) -> torch.Tensor:

@@ -229,8 +229,17 @@ def _slices(ranks: np.ndarray, labels: np.ndarray, cutoffs: Sequence[int]) -> di
 # ------------------------------------------------------------------------------------------------ ranks on disk
 
 
-def write_ranks(path: str | Path, ranks: Mapping[str, Ranks]) -> None:
-    """Write the ranks by item and by SID of each protocol, in row order, for paired comparisons."""
+def write_ranks(
+    path: str | Path, ranks: Mapping[str, Ranks], rows: pl.DataFrame, train: pl.DataFrame | None, n_items: int
+) -> None:
+    """Write the test rows for paired comparisons and the report, in row order.
+
+    `<protocol>_item`, `<protocol>_sid` (rows,) and `<protocol>_top` (rows, TOP) of each protocol, the targets as `target`,
+    and the labels of the slices as `slice_<kind>`.
+    """
     arrays = {f"{name}_{kind}": getattr(each, kind) for name, each in ranks.items() for kind in ("item", "sid")}
+    arrays |= {f"{name}_top": each.top.astype(np.int32) for name, each in ranks.items()}
+    arrays |= {f"slice_{kind}": labels for kind, labels in slices_of(rows, train, n_items).items()}
+    arrays["target"] = rows["target"].to_numpy()
     with atomic_file(path, "wb") as f:
         np.savez_compressed(f, **arrays)

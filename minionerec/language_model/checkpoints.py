@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from minionerec.catalog.sids import SID_TOKEN
 from minionerec.common.errors import UserError
-from minionerec.common.files import read_json, write_json
+from minionerec.common.files import atomic_file, read_json, write_json
+from minionerec.common.runs import LOG
 from minionerec.language_model.file_names import PROMPT_FILE, SETTINGS_FILE
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -189,6 +190,12 @@ def save_trained(trainer, prompt_template: str | Path, folder: str | Path, setti
         if trainer.accelerator.is_main_process:
             model = model.merge_and_unload() if isinstance(model, PeftModel) else model
             save(model, trainer.processing_class, prompt_template, folder, settings)
+
+
+def save_log(trainer, folder: str | Path) -> None:
+    """Write all that a trainer has logged as `LOG`, a JSON object per line, with the step of each."""
+    with atomic_file(Path(folder) / LOG) as f:
+        f.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
 
 
 def save(model, tokenizer, prompt_template: str | Path, folder: str | Path, settings: Settings) -> None:

@@ -330,6 +330,17 @@ def test_the_record(options, tmp_path):
     assert found["outputs"] == {"parts/one.txt": 4, "result.txt": 4}
     assert {"torch", "python"} <= set(found["versions"])
     assert found["code"] and found["command"] and found["device"] and found["seconds"] >= 0
+    assert found["options"] == {"data": options.data, "output_dir": options.output_dir}  # what is no default
+    assert found["commit"] == runs.commit()
+
+
+def test_the_command_line_of_a_record(options):
+    made(replace(options, layers=[3, 4], report_to="a b"))
+    line = f"--data {options.data} --layers 3 4 --report_to 'a b' --output_dir {options.output_dir}"
+    known = record(options)
+    for script, shown in (("sft.py", "sft.py"), (f"{runs.ROOT}/rq/rqvae.py", "-m rq.rqvae"), ("/else/x.py", "x.py")):
+        assert runs.command_line(known | {"command": f"{script} --lr 2"}) == f"python {shown} {line}"
+    assert runs.command_line({"command": "sft.py --lr 2"}) == "python sft.py --lr 2"  # an older record
 
 
 def test_a_changed_result_is_kept_and_said(options, tmp_path, capsys, monkeypatch):

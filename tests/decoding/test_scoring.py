@@ -12,7 +12,7 @@ from decoding.small_models import CONFIGS, MIXED, catalog_log_prob, log_prob, pr
 
 from minionerec.catalog.trie import Trie
 from minionerec.decoding.beam_search import beam_search, left_pad
-from minionerec.decoding.scoring import score_rows, sid_paths
+from minionerec.decoding.scoring import level_scores, score_rows, sid_paths
 
 UNIFORM = random_sids(70)
 spaces = pytest.mark.parametrize("space", ["vocab", "catalog"])
@@ -55,6 +55,18 @@ def test_scores_are_those_of_the_beams(architecture, sids, space):
     order = torch.randperm(beams.row.shape[1], generator=torch.Generator().manual_seed(0))
     found = score_rows(model, trie, sid_paths(trie), ids, mask, beams.row[:, order], space)
     torch.testing.assert_close(found, beams.score[:, order], atol=1e-4, rtol=0)
+
+
+def test_a_level_is_scored_given_the_levels_before():
+    model, trie = random_model(CONFIGS["qwen2"]()), Trie.build(MIXED)
+    ids, mask = prompts_of([5])
+    rows = torch.tensor([[0, -1, len(MIXED) - 1]])
+    found = level_scores(model, trie, sid_paths(trie), ids, mask, rows, "vocab")[0]
+    for place, sid in ((0, MIXED[0]), (2, MIXED[-1])):
+        sums = [log_prob(model, ids[0].tolist(), sid[:length]) for length in range(1, len(sid) + 1)]
+        expected = np.diff([0.0, *sums]).tolist() + [0.0] * (trie.depth - len(sid))
+        assert found[place].tolist() == pytest.approx(expected, abs=1e-4)
+    assert (found[1] == -torch.inf).all()
 
 
 @spaces

@@ -9,6 +9,7 @@ import random
 import numpy as np
 import polars as pl
 import pytest
+from helpers import sequences
 
 from minionerec.catalog.catalog import Catalog
 from minionerec.evaluation.metrics import MISSED, table
@@ -171,7 +172,12 @@ def test_ranks_are_written_in_the_order_of_rows(tmp_path):
     catalog, targets, seen = world(2)
     scores = np.random.default_rng(2).random((80, N))
     ranks = {"all": of_scores(scores, targets, catalog), "unseen": of_scores(scores, targets, catalog, seen)}
-    write_ranks(tmp_path / "x.ranks.npz", ranks)
-    with np.load(tmp_path / "x.ranks.npz") as found:
-        assert set(found) == {"all_item", "all_sid", "unseen_item", "unseen_sid"}
+    rows = sequences(*zip(seen, targets, strict=True))
+    write_ranks(tmp_path / "x.ranks.npz", ranks, rows, rows, N)
+    with np.load(tmp_path / "x.ranks.npz", allow_pickle=False) as found:
+        kinds = {f"{protocol}_{kind}" for protocol in ranks for kind in ("item", "sid", "top")}
+        assert set(found) == kinds | {"target", "slice_history", "slice_popularity"}
+        assert found["target"].tolist() == list(targets)
+        assert np.array_equal(found["all_top"], ranks["all"].top)
+        assert found["slice_history"].tolist() == slices_of(rows, rows, N)["history"].tolist()
         assert np.array_equal(found["unseen_item"], ranks["unseen"].item)

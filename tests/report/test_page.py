@@ -1,0 +1,227 @@
+"""The report page: every section from what stages leave, no request, no text of the data that a browser would act on.
+
+Figures have a text alternative with their values, are well-formed, and take their colours from the page. What is missing
+is said, not an error. Several outputs are compared on the same test rows.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+import report
+from minionerec.common.errors import UserError
+from minionerec.common.text import printable
+from minionerec.report import figures
+from minionerec.report.results import results_section
+from minionerec.report.rows import histogram, net
+from minionerec.report.sids import gini, project
+
+from .conftest import TITLES, write_output
+
+SECTIONS = ("results", "training", "sids", "slices", "ranks", "users", "data", "provenance")
+
+
+class Reader(HTMLParser):
+    """The tags of a page as (name, attributes), and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def cells(page, caption) -> dict[str, list[str]]:
+    """The rows of the table with this caption: first cell -> the other cells."""
+    table = re.search(rf"<caption[^>]*>{re.escape(caption)}</caption>(.*?)</table>", page, re.S)[1]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in re.findall(r"<tr>(.*?)</tr>", table, re.S)]
+    return {row[0]: row[1:] for row in rows}
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+def test_every_section_is_there_and_in_the_navigation(page):
+    reader = Reader(page)
+    assert tuple(section["id"] for section in reader.of("section")) == SECTIONS
+    assert {link["href"] for link in reader.of("a")} == {f"#{name}" for name in SECTIONS} | {"#main"}
+    ids = [attributes["id"] for _, attributes in reader.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_nothing_leads_out_of_the_page(page):
+    reader = Reader(page)
+    for _, attributes in reader.tags:
+        for name, value in attributes.items():
+            if name in ("href", "src", "xlink:href", "srcset", "action", "data"):
+                assert value.startswith(("#", "data:,"))
+            if name == "style":
+                assert not re.search(r"url\((?!#)", value)
+    [policy] = [meta["content"] for meta in reader.of("meta") if "http-equiv" in meta]
+    script = re.search(r"<script>(.*?)</script>", page, re.S)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.startswith("default-src 'none';") and f"script-src 'sha256-{digest}'" in policy
+
+
+def test_texts_of_the_data_stay_texts(page):
+    reader = Reader(page)
+    assert len(reader.of("script")) == 1 and len(reader.of("style")) == 1 and not reader.of("img")
+    assert not [name for _, attributes in reader.tags for name in attributes if name.startswith("on")]
+    tips = [circle["data-tip"] for circle in reader.of("circle")]
+    assert set(map(printable, TITLES.values())) <= set(tips)
+    assert "\u202e" not in page and "49" not in [tip.strip() for tip in tips]
+    assert "x<y" in "".join(reader.text) and "--category '<b>'" in "".join(reader.text)
+
+
+def test_every_figure_says_what_it_shows(page):
+    pictures = Reader(page).of("svg")
+    assert len(pictures) > 15 and all(svg["role"] == "img" and len(svg["aria-label"]) > 30 for svg in pictures)
+    parts = re.findall(r"<figure.*?</figure>", page, re.S)
+    assert len(parts) == len(pictures) and all("<details>" in part and "<td" in part for part in parts)
+    for part in parts:
+        ElementTree.fromstring(re.search(r"<svg.*?</svg>", part, re.S)[0].replace("xlink:href", "href"))
+    assert not re.search("#0000[ef][0-9]", page)  # a colour that the page's style does not set
+    assert "rl: KL divergence from the reference. " not in page and "KL divergence from the reference" in page
+
+
+def test_curves_are_those_of_the_logs(page):
+    assert cells(page, "sft: HR@K on valid")["3"] == ["0.3000"]
+    assert cells(page, "rl: reward by function, mean")["2"] == ["0.2000", "0.5000"]
+    assert cells(page, "rl: the target&#39;s prefix in its group")["1"] == ["0.9000", "0.5000"]
+    assert cells(page, "sft: NDCG@K on valid")["3"] == ["0.1500"]
+    assert cells(page, "rl: groups without signal")["0"] == ["0.5000"]
+
+
+def test_results_are_those_of_the_metrics(page, output):
+    metrics = json.loads((output / "sft.metrics.json").read_text())
+    caption = "all items" if metrics["headline"] == "unseen" else "Headline: all items"
+    row = cells(page, caption)["sft"]
+    low, high = metrics["intervals"]["HR@10"]
+    assert row[:2] == ["12", "20"] and f"{metrics['item']['HR@10']:.3f} [{low:.3f}, {high:.3f}]" in row
+    results = json.loads((output / "results.json").read_text())
+    caption = f"NDCG@10 minus {results['baseline']}&#39;s, paired on the same test rows"
+    assert cells(page, caption)["rl"] == [f"{value:.4f}" for value in results["differences"]["rl"]["NDCG@10"]]
+
+
+def test_gains_are_counted_by_row(page, output):
+    results = json.loads((output / "results.json").read_text())
+    arrays = {name: dict(np.load(output / f"{name}ranks.npz")) for name in ("sft.", "sasrec/")}
+    own, other = (arrays[name][f"{results['headline']}_item"] for name in ("sft.", "sasrec/"))
+    labels = arrays["sft."]["slice_history"]
+    found = cells(page, "Hits in the first 10 against sasrec: gained, lost, net")
+    for name, rows in [("all", range(12))] + [(label, np.flatnonzero(labels == label)) for label in set(labels)]:
+        gained = sum(own[row] < 10 <= other[row] for row in rows)
+        lost = sum(other[row] < 10 <= own[row] for row in rows)
+        cell = found["all" if name == "all" else f"history {name}"]
+        assert cell[:2] == [str(len(rows)), f"{gained} gained, {lost} lost: {gained - lost:+d}"]
+    assert len(found) > 3
+
+
+def test_sample_users_show_the_first_items_and_the_hits(page, output):
+    reader = Reader(page)
+    assert len([each for each in reader.of("details") if each.get("class") == "user"]) == 5
+    results = json.loads((output / "results.json").read_text())
+    top = np.load(output / "rl.ranks.npz")[f"{results['headline']}_top"]
+    targets = np.load(output / "rl.ranks.npz")["target"]
+    chosen = np.random.default_rng(42).permutation(12)[:5]
+    hits = sum(int((top[row, :5] == targets[row]).sum()) for row in chosen)
+    lists = re.findall(r"<h3>rl <small>.*?</ol>", page, re.S)
+    assert len(lists) == 5 and sum("✓ hit" in each for each in lists) == hits
+
+
+def test_indexes_are_compared(page):
+    found = cells(page, "Quality of the index files")
+    assert found["figure"] == ["data/toy.index.json", "raw/other.index.json", "difference"]
+    assert found["distinct SIDs"] == ["47", "46", "-1"] and found["most items of a SID"] == ["2", "3", "+1"]
+    largest = cells(page, "Largest buckets: data/toy.index.json")
+    assert largest["&lt;a_0&gt;&lt;b_1&gt;&lt;c_1&gt;"][0] == "2"
+
+
+def test_what_is_missing_is_said(tmp_path, output):
+    metrics = json.loads((output / "sft.metrics.json").read_text())
+    del metrics["slices"], metrics["unseen"]["slices"]
+    (tmp_path / "sft.metrics.json").write_text(json.dumps(metrics))
+    report.main(report.Options(output_dir=[str(tmp_path)]))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert tuple(section["id"] for section in Reader(text).of("section")) == SECTIONS
+    for said in ("No training has left a log", "No index file", "No model has stored ranks", "are not there any more"):
+        assert said in text
+
+
+def tables_of(*folders, published="") -> dict[str, list]:
+    """{caption: rows} of the tables of the first section."""
+    outputs = report.outputs_of({folder: report.results_of(folder, 0) for folder in folders})
+    section = results_section(outputs, report.PUBLISHED if published else None, published, seed=0)
+    return {block.caption: block.rows for block in section.blocks if block.kind == "table"}
+
+
+def test_outputs_are_compared_on_the_same_rows(tmp_path, output):
+    other = write_output(tmp_path / "second", seed=1)
+    for name in ("metrics.json", "ranks.npz"):
+        (other / f"rl.{name}").write_bytes((output / f"rl.{name}").read_bytes())
+    between = "Between the outputs, paired; ~: the interval contains 0"
+    rows = {row[0]: row[1:] for row in tables_of(output, other)[between]}
+    same = "~ +0.0000 [+0.0000, +0.0000]"
+    assert rows["rl"] == ["second minus first", same, same] and len(rows) == 4
+    assert any(row[2] != same for row in rows.values())
+    with np.load(other / "rl.ranks.npz") as found:
+        arrays = dict(found) | {"target": found["target"][::-1]}
+    np.savez(other / "rl.ranks.npz", **arrays)  # other test rows
+    assert "rl" not in [row[0] for row in tables_of(output, other)[between]]
+
+
+def test_published_rows_come_with_their_protocol(output):
+    rows = tables_of(output, published="Amazon 2014 Beauty")["Published for Amazon 2014 Beauty"]
+    assert ["TIGER", "arXiv 2305.05065", "not stated", ".0648", ".0384"] in rows
+    with pytest.raises(UserError, match="has no such data; expected one of Amazon 2014 Beauty, "):
+        tables_of(output, published="Beauty")
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def test_shares_of_ranks():
+    ranks = np.array([0, 1, 2, 9, 10, 49, 50, np.iinfo(np.int64).max])
+    assert histogram(ranks) == [1 / 8, 2 / 8, 0, 1 / 8, 1 / 8, 1 / 8, 2 / 8]
+
+
+def test_a_gain_is_a_hit_that_the_other_misses():
+    own, other = np.array([0, 9, 9, 10, 30, 5]), np.array([10, 10, 0, 9, 40, 3])
+    assert net(own, other) == "2 gained, 1 lost: +1" and net(other, own) == "1 gained, 2 lost: -1"
+
+
+def test_gini():
+    assert gini(np.array([3, 3, 3])) == pytest.approx(0)
+    assert gini(np.array([0, 0, 0, 8])) == pytest.approx(3 / 4)
+    assert gini(np.array([1, 3])) == pytest.approx(1 / 4)
+
+
+def test_the_map_keeps_neighbours_and_repeats():
+    rng = np.random.default_rng(0)
+    vectors = np.concatenate([rng.normal(0, 0.1, (30, 6)), rng.normal(5, 0.1, (30, 6))])
+    places = project(vectors, 0)
+    assert places.min() == 0 and places.max() == pytest.approx(100) and np.array_equal(places, project(vectors, 0))
+    middle = places[:30].mean(axis=0), places[30:].mean(axis=0)
+    apart = np.linalg.norm(middle[0] - middle[1])
+    assert apart > np.linalg.norm(places[:30] - middle[0], axis=1).max()
+
+
+def test_names_with_markup_and_mathematics_are_drawn_as_they_are():
+    figure = figures.lines("t", "x & y", "$y$", {"<b>$a$": [(0, 1.0), (1, 2.0)], "$\\bad{": [(0, 1.0), (1, 0.5)]})
+    root = ElementTree.fromstring(str(figure.svg).replace("xlink:href", "href"))
+    texts = ["".join(element.itertext()) for element in root.iter() if element.tag.endswith("text")]
+    assert {"<b>$a$", "$\\bad{", "x & y", "$y$"} <= set(texts)
