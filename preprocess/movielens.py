@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minionerec.common import runs
+from minionerec.common.console import say
 from minionerec.common.errors import UserError
 from minionerec.common.files import require_file, write_json
 from minionerec.common.options import OUTPUT, RUNTIME, StageOptions, option, run
@@ -134,10 +135,10 @@ def main(options: Options) -> None:
 
     for split, rows in splits.items():
         write_inter(files[split], rows)
-        print(f"{split}: {len(rows)} samples")
+        say(f"{split}: {len(rows)} samples")
     write_json(items_file, items)
+    say(f"{len(items)} items, {interactions['user'].n_unique()} users, {len(interactions)} interactions")
     record.finish()
-    print(f"{len(items)} items, {interactions['user'].n_unique()} users, {len(interactions)} interactions")
 
 
 if __name__ == "__main__":

@@ -37,9 +37,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minionerec.common.console import detail, duration, note, say
 from minionerec.common.errors import UserError
 from minionerec.common.files import write_json
 from minionerec.common.options import INPUT, SETTING, role_of
+from minionerec.common.tracking import LOG_FILE
 
 ROOT = Path(__file__).parents[2]
 RECORD = "run.json"
@@ -76,6 +78,7 @@ class Run:
         seconds = round(time.time() - self.record["started"] + self.record.get("seconds_before", 0), 1)
         self.record |= {"complete": True, "seconds": seconds, "outputs": outputs, "device": device()}
         write_json(self.path, self.record)
+        say(f"{self.record['stage']}: done in {duration(seconds)}")
 
 
 def begin(
@@ -97,17 +100,18 @@ def begin(
     Raises `UserError` where a result with another identity, or files without a record, would be overwritten.
     """
     path = Path(folder) / RECORD if folder else Path(record or Path(files[0]).with_suffix(".run.json"))
+    announce(options, stage, inputs or {})
     identity = identity_of(options, stage, inputs or {})
     found = read_record(path)
     existing = results(folder, writes, files, found, path)
     if found and {key: found.get(key) for key in identity} == identity:
         missing = [name for name in found.get("outputs", ()) if not (path.parent / name).exists()]
         if found.get("complete") and not missing:
-            print(f"{folder or files[0]}: complete with these options, nothing to do")
+            say(f"{folder or files[0]}: complete with these options, nothing to do")
             note_changes(found, path)
             return Run("complete", path, found, files, writes)
         if found.get("complete"):
-            print(f"{path.parent / missing[0]} is missing; made again")
+            say(f"{path.parent / missing[0]} is missing; made again")
         state = "fresh" if found.get("complete") else "resume"
     else:
         state = "fresh"
@@ -118,7 +122,7 @@ def begin(
                     f"{folder or existing[0]}: holds another result ({reason}); choose another output, or "
                     "--overwrite True to move the old one aside"
                 )
-            print(f"the old result ({reason}) moves to {move_aside(existing, folder)}")
+            note(f"the old result ({reason}) moves to {move_aside(existing, folder)}")
     before = found.get("seconds_before", 0) if state == "resume" else 0
     new = identity | {
         "complete": False,
@@ -129,7 +133,25 @@ def begin(
         "seconds_before": before,
     }
     write_json(path, new)
+    say(f"{stage}: {'resumes' if state == 'resume' else 'writes'} {folder or ', '.join(map(str, files[:1]))}")
     return Run(state, path, new, files, writes)
+
+
+def announce(options, stage: str, inputs: Mapping[str, str | Path]) -> None:
+    """Print what a stage reads; with --verbose also the options that differ from their defaults."""
+    fields = dataclasses.fields(options)
+    paths = [getattr(options, field.name) for field in fields if role_of(field) == INPUT] + list(inputs.values())
+    flat = [part for path in paths if path for part in (path if isinstance(path, list | tuple) else [path])]
+    say(f"{stage}: reads {', '.join(dict.fromkeys(map(relative, flat)))}")
+    for field in fields:
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if getattr(options, field.name) != default:
+            detail(f"{stage}: --{field.name} {getattr(options, field.name)}")
+
+
+def relative(path: str | Path) -> str:
+    """A path inside the working directory without the latter."""
+    return str(path).removeprefix(f"{os.getcwd()}/")
 
 
 # ------------------------------------------------------------------------------------------------ identity
@@ -215,7 +237,10 @@ def results(folder, writes: Sequence[str], files: Sequence, found: dict, path: P
     names += [match for pattern in writes for match in sorted(Path(folder).glob(pattern))]
     names += [Path(file) for file in files]
     existing = [name for name in dict.fromkeys(names) if name.exists()]
-    return [*existing, path] if existing and found else existing
+    beside = [path] if found else []
+    if folder and (path.parent / LOG_FILE).exists():
+        beside.append(path.parent / LOG_FILE)
+    return [*existing, *beside] if existing else []
 
 
 def move_aside(existing: Sequence[Path], folder: str | Path) -> str:
@@ -241,9 +266,9 @@ def note_changes(found: dict, path: Path) -> None:
     """Say what differs although the identity does not: files edited since, another version of the code."""
     for name, size in found.get("outputs", {}).items():
         if (path.parent / name).stat().st_size != size:
-            print(f"note: {path.parent / name} was changed after this stage wrote it; the changed file is kept")
+            note(f"{path.parent / name} was changed after this stage wrote it; the changed file is kept")
     if found.get("code") != code_version():
-        print(f"note: made by another version of the code ({found.get('code')}); remove it to make it again")
+        note(f"made by another version of the code ({found.get('code')}); remove it to make it again")
 
 
 # ------------------------------------------------------------------------------------------------ provenance

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 
 from minionerec.catalog.sids import SID_TOKEN
+from minionerec.common.console import note
 from minionerec.common.errors import UserError
 from minionerec.common.files import read_json, write_json
 from minionerec.language_model.file_names import PROMPT_FILE, SETTINGS_FILE
@@ -68,7 +69,7 @@ def resolve_settings(folder: str | Path, **given) -> Settings:
     given = {name: value for name, value in given.items() if value}
     for name, value in given.items():
         if stored and getattr(stored, name) != value:
-            print(f"note: --{name} {value} is used, but {folder} was trained with {getattr(stored, name)!r}")
+            note(f"--{name} {value} is used, but {folder} was trained with {getattr(stored, name)!r}")
     return (stored or Settings())._replace(**given)
 
 

@@ -3,6 +3,7 @@
 import torch
 from transformers import TrainingArguments
 
+from minionerec.common.console import say
 from minionerec.common.errors import UserError
 from minionerec.language_model.batches import EpochOrder, Lines
 
@@ -39,7 +40,7 @@ def memory_estimate(model, lines: Lines, micro_batch_size: int, bf16: bool, chec
 
 
 def check_and_print(model, new_ids: list[int], lines: Lines, order: EpochOrder, args: TrainingArguments) -> None:
-    """Print parameters, rows, tokens, steps, padding and memory, on the first process.
+    """Print parameters, rows, tokens, steps, padding and memory.
 
     Raises `UserError` where a row is longer than the model's positions, or weights and optimizer state exceed the
     device's memory.
@@ -59,13 +60,13 @@ def check_and_print(model, new_ids: list[int], lines: Lines, order: EpochOrder, 
                 f"weights, gradients and optimizer state need {bytes_of['state'] / GIB:.0f} GiB, the device has "
                 f"{room / GIB:.0f}; use --use_lora True, --freeze_LLM True, or ZeRO-3 (ACCELERATE_CONFIG=config/zero3.yaml)"
             )
-    if args.process_index:
-        return
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     memory = ", ".join(f"{name} {size / GIB:.2f}" for name, size in bytes_of.items())
-    print(
-        f"{parameters:,} parameters, {trained:,} trained, {len(new_ids)} new tokens; {len(lines.rows.answer):,} rows in "
-        f"{len(lines):,} lines, {lines.lengths.sum():,} tokens and {len(order) // order.batch_size:,} steps an epoch, "
-        f"{order.padding_share(args.per_device_train_batch_size):.1%} padding; memory of one device, estimated, GiB: {memory}"
+    say(f"{parameters:,} parameters, {trained:,} trained, {len(new_ids)} new tokens")
+    say(
+        f"{len(lines.rows.answer):,} rows in {len(lines):,} lines, {lines.lengths.sum():,} tokens, "
+        f"{len(order) // order.batch_size:,} steps an epoch, "
+        f"{order.padding_share(args.per_device_train_batch_size):.1%} padding"
     )
+    say(f"memory of one device, estimated, GiB: {memory}")
