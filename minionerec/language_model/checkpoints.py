@@ -82,7 +82,7 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _reading(folder: str | Path, what: str, flag: str) -> Iterator[None]:
+def reading(folder: str | Path, what: str, flag: str) -> Iterator[None]:
     """Turn any error of a library that reads `folder` into a `UserError`."""
     try:
         yield
@@ -92,7 +92,7 @@ def _reading(folder: str | Path, what: str, flag: str) -> Iterator[None]:
 
 def load_tokenizer(folder: str | Path, flag: str):
     """The tokenizer of a model folder or hub name; one without a pad token pads with its end-of-sequence token."""
-    with _reading(folder, "tokenizer", flag):
+    with reading(folder, "tokenizer", flag):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(f"{folder}: found a {type(tokenizer).__name__}, expected a fast tokenizer (tokenizer.json)")
@@ -128,7 +128,7 @@ def reset(tokenizer) -> None:
 
 def load_model(folder: str | Path, flag: str, dtype: torch.dtype = torch.float32):
     """The causal LM of a folder or hub name, on the CPU. Raises `UserError` for missing or non-finite weights."""
-    with _reading(folder, "causal language model", flag):
+    with reading(folder, "causal language model", flag):
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
@@ -146,7 +146,7 @@ def load_model(folder: str | Path, flag: str, dtype: torch.dtype = torch.float32
 
 def new_model(folder: str | Path, flag: str, dtype: torch.dtype = torch.float32):
     """A causal LM with random weights from the config of a folder or hub name."""
-    with _reading(folder, "config of a causal language model", flag):
+    with reading(folder, "config of a causal language model", flag):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return _neutral(model)

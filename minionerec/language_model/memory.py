@@ -19,22 +19,26 @@ def memory_estimate(model, lines: Lines, micro_batch_size: int, bf16: bool, chec
     it is one hidden vector per layer, and one full layer.
     logits: three float32 arrays (answer tokens, vocabulary): the logits, their float copy and its gradient.
 
-    `benchmarks.sft_step` prints estimate and peak.
+    `benchmarks.sft_step` prints estimate and peak, `minionerec.language_model.estimate` the estimate for any model.
     """
+    longest = sorted(lines.lengths.tolist(), reverse=True)[:micro_batch_size]
+    if lines.packed:
+        answers = int(max(lines.rows.answer[rows].sum() for rows in lines.rows_of)) * micro_batch_size
+    else:
+        answers = int(lines.rows.answer.max()) * micro_batch_size
+    return memory_of_step(model, max(longest) * len(longest), answers, bf16, checkpointing)
+
+
+def memory_of_step(model, tokens: int, answers: int, bf16: bool, checkpointing: bool) -> dict[str, int]:
+    """`memory_estimate` for a forward pass of so many tokens, padding included, of which `answers` have logits."""
     config = model.config.get_text_config()
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    longest = sorted(lines.lengths.tolist(), reverse=True)[:micro_batch_size]
-    tokens = max(longest) * len(longest)
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     layer = tokens * (8 * hidden + 4 * inner)
     layers = config.num_hidden_layers
     kept = layers * tokens * hidden + layer if checkpointing else layers * layer
-    if lines.packed:
-        answers = int(max(lines.rows.answer[rows].sum() for rows in lines.rows_of)) * micro_batch_size
-    else:
-        answers = int(lines.rows.answer.max()) * micro_batch_size
     logits = 3 * 4 * answers * model.get_output_embeddings().weight.shape[0]
     return {"state": 4 * parameters + 12 * trained, "activations": kept * (2 if bf16 else 4), "logits": logits}
 
