@@ -123,7 +123,7 @@ class Wandb:
                 settings=wandb.Settings(silent=True, console="off"),
             ),
         )
-        say(f"wandb: {self.run.url or self.run.dir}")
+        say(f"wandb: {f'offline, {self.run.sync_dir}' if self.run.offline else self.run.url}")
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         self.run.log(dict(figures), step=step)

@@ -68,11 +68,12 @@ def test_durations():
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
-    clock = iter(range(0, 10_000, 20))
-    monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
-    assert list(console.track(range(5), "embedding", unit="batches")) == list(range(5))
-    lines = capsys.readouterr().out.splitlines()
-    assert 0 < len(lines) < 5 and lines[0].startswith("embedding 2/5 batches  40 s, ") and lines[0].endswith(" left")
+    now = [0.0]
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
+    for _ in console.track(range(5), "embedding", unit="batches"):
+        now[0] += 20
+    lines = ["embedding 2/5 batches  40 s, 60 s left", "embedding 4/5 batches  80 s, 20 s left"]
+    assert capsys.readouterr().out.splitlines() == lines
     console.configure(quiet=True)
     assert list(console.track(range(50), "embedding")) == list(range(50)) and capsys.readouterr().out == ""
 
@@ -95,8 +96,10 @@ def test_no_bar_in_a_file():
 def test_a_bar_on_a_terminal():
     ours, terminal = pty.openpty()
     done = subprocess.run([sys.executable, "-c", CHILD], cwd=ROOT, stdout=subprocess.PIPE, stderr=terminal, text=True)
-    os.close(terminal)
-    drawn = os.read(ours, 1 << 16).decode()
+    os.write(terminal, b"end")
+    drawn = ""
+    while not drawn.endswith("end"):
+        drawn += os.read(ours, 1 << 16).decode()
     assert done.stdout == "said\n" * 3 and "ours 0/3" in drawn and "theirs" in drawn
     ours, terminal = pty.openpty()
     command = [sys.executable, "-c", CHILD, "0", "1"]  # --quiet

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import ROOT
@@ -82,9 +83,12 @@ def test_wandb_offline(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_MODE", "offline")
     tracked(TrackedOptions(report_to="wandb", wandb_project="mine", wandb_run_name="first"), tmp_path)
     [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    content = file.read_bytes()
-    assert all(word in content for word in (b"train/loss", b"eval/NDCG@10", b"mine", b"first"))
-    assert wandb.run is None and capfd.readouterr().out.startswith("wandb: ")
+    words, wait_until = (b"train/loss", b"eval/NDCG@10", b"mine", b"first"), time.monotonic() + 20
+    while not all(word in file.read_bytes() for word in words):  # its service writes a moment later
+        assert time.monotonic() < wait_until
+        time.sleep(0.1)
+    printed = capfd.readouterr()
+    assert wandb.run is None and printed.out == f"wandb: offline, {file.parent}\n" and printed.err == ""
 
 
 def test_wandb_that_refuses_is_one_line(tmp_path, monkeypatch):
