@@ -118,13 +118,13 @@ class Trainer:
                 if self.epoch % o.eval_step == 0 or self.epoch == o.epochs:
                     collision = self._collision_rate()
                     self._keep(loss, collision)
-                    self.save_state()
                     entry = {
                         "loss": loss,
                         "eval_collision": collision,
                         "learning_rate": self.scheduler.get_last_lr()[0],
                     }
                     log.add(entry | {"epoch": self.epoch, "step": self._step})
+                    self.save_state()
                     words = figures({"loss": loss, "collision rate": collision})
                     best = f"(best {short(self.best['collision'])})"
                     say(f"epoch {self.epoch}/{o.epochs}  {words} {best}  {progress.left()}")

@@ -142,10 +142,11 @@ def fit(
                 f"epoch {epoch}: the loss is {total.item():.3g}, and training diverged; lower --learning_rate"
             )
         ndcg = table(by_scores(scorer(model), valid, catalog, names=[protocol])[protocol].item)["NDCG@10"]
-        state.add(epoch, ndcg, time.monotonic() - started)
-        entry = {"loss": total.item() / len(batches), "eval_NDCG@10": ndcg, "seconds": state.seconds}
+        seconds = time.monotonic() - started
+        entry = {"loss": total.item() / len(batches), "eval_NDCG@10": ndcg, "seconds": seconds}
         if log:
             log.add(entry | {"epoch": epoch, "step": epoch * len(batches)})
+        state.add(epoch, ndcg, seconds)
         words = figures({"loss": entry["loss"], "valid NDCG@10": ndcg})
         left = duration(state.most_seconds_left(options))
         say(f"epoch {epoch}/{options.epochs}  {words} (best {short(state.best)})  at most {left} left")

@@ -56,12 +56,14 @@ class TrainingLog:
 
     def __init__(self, options: TrackedOptions, folder: str | Path, earlier: Iterable[Mapping] = ()):
         """earlier: the entries up to where a killed training is resumed; later ones will come again."""
-        self.path = Path(folder) / LOG_FILE
-        with atomic_file(self.path) as f:
-            f.writelines(json_line(entry) for entry in earlier)
+        self.path, earlier = Path(folder) / LOG_FILE, list(earlier)
+        if earlier or self.path.exists():
+            with atomic_file(self.path) as f:
+                f.writelines(json_line(entry) for entry in earlier)
         self.tracker = open_tracker(options, folder)
 
     def add(self, entry: Mapping) -> None:
+        """Call it before the state is saved from which a killed training resumes, so that no entry is missing then."""
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json_line(entry))
         numbers = {k: v for k, v in entry.items() if isinstance(v, int | float) and k not in ("step", "epoch")}

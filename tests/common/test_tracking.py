@@ -38,6 +38,15 @@ def test_the_log_has_every_entry_once(tmp_path):
     assert read_log(tmp_path / "none", 3) == []
 
 
+def test_no_entry_no_file(tmp_path):
+    """A start that is refused leaves nothing; one over an old log empties it."""
+    TrainingLog(TrackedOptions(), tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "log.jsonl").write_text("{}")
+    TrainingLog(TrackedOptions(), tmp_path)
+    assert (tmp_path / "log.jsonl").read_text() == ""
+
+
 @pytest.mark.parametrize("script", ["sft", "rl", "sasrec", "rq.rqvae", "rq.rqkmeans_plus"])
 def test_every_training_takes_the_same_options(script):
     options = importlib.import_module(script).Options
