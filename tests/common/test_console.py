@@ -5,11 +5,14 @@ terminal no bar is drawn, by us or by a library, and progress is a line with the
 no user can act on are left out, others are not.
 """
 
+import fcntl
 import logging
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 from helpers import ROOT
@@ -93,19 +96,23 @@ def test_no_bar_in_a_file():
     assert (done.stdout, done.stderr) == ("said\n" * 3, "")
 
 
-def test_a_bar_on_a_terminal():
+def on_a_terminal(*level: str) -> tuple[str, str]:
+    """(standard output, what is drawn on a terminal of 80 columns)"""
     ours, terminal = pty.openpty()
-    done = subprocess.run([sys.executable, "-c", CHILD], cwd=ROOT, stdout=subprocess.PIPE, stderr=terminal, text=True)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    command = [sys.executable, "-c", CHILD, *level]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=terminal, text=True)
     os.write(terminal, b"end")
     drawn = ""
     while not drawn.endswith("end"):
         drawn += os.read(ours, 1 << 16).decode()
-    assert done.stdout == "said\n" * 3 and "ours 0/3" in drawn and "theirs" in drawn
-    ours, terminal = pty.openpty()
-    command = [sys.executable, "-c", CHILD, "0", "1"]  # --quiet
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=terminal, text=True)
-    os.write(terminal, b"end")
-    assert done.stdout == "" and os.read(ours, 1 << 16) == b"end"
+    return done.stdout, drawn
+
+
+def test_a_bar_on_a_terminal():
+    said, drawn = on_a_terminal()
+    assert said == "said\n" * 3 and "ours 0/3" in drawn and "theirs" in drawn
+    assert on_a_terminal("0", "1") == ("", "end")  # --quiet
 
 
 def test_only_messages_that_nobody_can_act_on_are_left_out(caplog):
