@@ -13,8 +13,10 @@ out because no user can act on them (`NOISE`).
 
 import logging
 import os
+import re
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
 QUIET, NORMAL, VERBOSE = 0, 1, 2
@@ -24,6 +26,9 @@ NOISE = {  # logger: beginnings of messages that are true of every run here, or 
     "transformers.trainer": ("There were missing keys in the checkpoint model loaded: ['lm_head.weight']",),  # tied
     "torch.distributed.elastic.multiprocessing.redirects": ("NOTE: Redirects are currently not supported",),
 }
+WARNINGS = (  # the same for Python's warnings
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",  # saving it is tested here
+)
 _level = NORMAL
 
 
@@ -36,9 +41,14 @@ def configure(verbose: bool = False, quiet: bool = False) -> None:
             os.environ.setdefault(variable, "1")
     if _level < VERBOSE:
         for name, beginnings in NOISE.items():
-            logging.getLogger(name).addFilter(
-                lambda record, noise=beginnings: not record.getMessage().startswith(noise)
-            )
+            logging.getLogger(name).addFilter(lambda record, noise=beginnings: _matters(record, noise))
+        for beginning in WARNINGS:
+            warnings.filterwarnings("ignore", message=re.escape(beginning))
+
+
+def _matters(record: logging.LogRecord, noise: tuple[str, ...]) -> bool:
+    """Whether a message of a logger in `NOISE` is shown: a warning or an error that is not among its `noise`."""
+    return record.levelno >= logging.WARNING and not record.getMessage().startswith(noise)
 
 
 def _is_first() -> bool:

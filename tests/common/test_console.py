@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+import warnings
 
 import pytest
 from helpers import ROOT
@@ -118,10 +119,17 @@ def test_a_bar_on_a_terminal():
 def test_only_messages_that_nobody_can_act_on_are_left_out(caplog):
     [(name, (beginning, *_)), *_] = console.NOISE.items()
     logger = logging.getLogger(name)
+    caplog.set_level(logging.INFO, logger=name)
     console.configure()
     logger.warning(f"{beginning}, and more")
+    logger.info("started")
     logger.error("the device has no memory left")
     assert [record.getMessage() for record in caplog.records] == ["the device has no memory left"]
+    with warnings.catch_warnings(record=True) as shown:
+        console.configure()
+        warnings.warn(console.WARNINGS[0] + ", and more", stacklevel=1)
+        warnings.warn("the data has no rows", stacklevel=1)
+    assert [str(each.message) for each in shown] == ["the data has no rows"]
     logger.filters.clear()
     console.configure(verbose=True)
     logger.warning(beginning)
