@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minionerec.common import runs
+from minionerec.common.console import say
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file, require_file
 from minionerec.common.options import OUTPUT, RUNTIME, StageOptions, option, run
@@ -165,7 +166,7 @@ def read_all(options: Options, sources: dict[str, Path]) -> tuple:
             rows = rows.with_columns(pl.col("history").list.tail(options.max_history))
         tables[split] = rows
     lines = [f"{sid}\t{title}\t{item}\n" for item, (sid, title) in enumerate(zip(sids, titles, strict=True))]
-    print(f"{len(sids)} items, {len(set(sids))} SIDs")
+    say(f"{len(sids)} items, {len(set(sids))} SIDs")
     return tables, items, lines
 
 
@@ -216,7 +217,7 @@ def back(options: Options) -> None:
             write_inter(f, rows.with_columns(pl.col("history").cast(pl.List(pl.Int32))))
             f.flush()
     record.finish()
-    print("\n".join(f"{split}: {len(rows)} rows" for split, rows in tables.items()))
+    say("\n".join(f"{split}: {len(rows)} rows" for split, rows in tables.items()))
 
 
 def main(options: Options) -> None:
@@ -246,8 +247,8 @@ def main(options: Options) -> None:
         f = stack.enter_context(atomic_file(info))
         f.writelines(lines)
         f.flush()
+    say(", ".join(f"{split} {len(table)} rows" for split, table in tables.items()))
     record.finish()
-    print("\n".join(f"{split}: {len(table)} rows" for split, table in tables.items()))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ shown without level tokens, and `sid_walk` skips rows without history. A target 
 history.
 """
 
-import os
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from minionerec.catalog.items import Items, prompt_titles, read_info, read_title
 from minionerec.catalog.sequences import read_preferences as read_preferences
 from minionerec.catalog.sequences import read_sequences
 from minionerec.catalog.sids import canonical_sid, read_index
+from minionerec.common.console import say
 from minionerec.common.errors import UserError
 from minionerec.language_model.prompt_template import read_template
 
@@ -93,13 +93,8 @@ def read_items(info_file: str | Path, sid_index_path: str | Path = "", item_meta
         )
     titles, notes = prompt_titles(items or Items(sids, titles))
     for note in notes:
-        _print(f"{info_file or item_meta_path}: {note}")
+        say(f"{info_file or item_meta_path}: {note}")
     return Items(sids, titles)
-
-
-def _print(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(line)
 
 
 def drawn(rows: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
@@ -299,7 +294,7 @@ def sft_pairs(
     for name, weight in weights.items():
         pairs = [(example.prompt, example.answer) for example in TASKS[name].examples(sequences, items, prompts)]
         if TASKS[name].skips and len(pairs) < len(sequences):
-            _print(
+            say(
                 f"{name}: {len(sequences) - len(pairs):,} of {len(sequences):,} rows are left out, those {TASKS[name].skips}"
             )
         rows += pairs * int(weight)

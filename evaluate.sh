@@ -4,9 +4,12 @@
 #     BASE_MODEL=… TEST_DATA_PATH=… INFO_FILE=… TRAIN_FILE=… bash evaluate.sh
 #
 # Reads BASE_MODEL TEST_DATA_PATH INFO_FILE, and TRAIN_FILE if given; writes RESULT_JSON_DATA (predictions) and, next to
-# it, .parquet, .metrics.json and .ranks.npz. NPROC processes share the rows (default: one per GPU, or 1). Re-running
-# skips a finished evaluation and resumes a killed one. An empty value below is the script's default; any other option
-# can be set too, as a variable (NUM_BEAMS=20) or an argument (--num_beams 20).
+# it, .parquet, .metrics.json and .ranks.npz. Re-running skips a finished evaluation and resumes a killed one. An empty
+# value below is the script's default; any other option can be set too, as a variable (NUM_BEAMS=20) or an argument
+# (--num_beams 20).
+#
+# NPROC processes on this node share the rows (default: one per GPU, or 1). For several nodes set NNODES, NODE_RANK,
+# MASTER_ADDR and MASTER_PORT on each; the first one writes the results.
 source "$(dirname "${BASH_SOURCE[0]}")/shell/launcher.sh"
 
 # ---- model and data

@@ -26,6 +26,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, maybe_gather_lm_head_ctx, split_tensor_dict
@@ -143,6 +144,7 @@ class ReReTrainer(GRPOTrainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)  # it prints every figure
         self.catalog = catalog
         self.trie = catalog.trie(self.processing_class).to(self.accelerator.device)
         self.codes = torch.from_numpy(catalog.codes).to(self.accelerator.device)  # (sids, depth)

@@ -13,7 +13,6 @@ Re-running skips a finished run and resumes a killed one from its newest complet
 rewards, logged metrics, the recipe of rl.sh, and departures from TRL and the papers.
 """
 
-import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -22,9 +21,11 @@ from datetime import timedelta
 from pathlib import Path
 
 from minionerec.common import model_card, runs
+from minionerec.common.console import say
 from minionerec.common.errors import UserError
-from minionerec.common.options import INPUT, OUTPUT, RUNTIME, StageOptions, option, run
+from minionerec.common.options import INPUT, OUTPUT, RUNTIME, option, run
 from minionerec.common.processes import on_main_process
+from minionerec.common.tracking import TrackedOptions
 from minionerec.decoding.spaces import SPACES
 from minionerec.language_model.file_names import CHECKPOINT_FILES
 
@@ -37,11 +38,11 @@ TRL_NAMES = (  # options that have the same name in trl.GRPOConfig
     "ref_model_mixup_alpha",
 )  # fmt: skip
 SCALES = ("group", "batch", "none")
-REPORTERS = ("", "none", "wandb", "tensorboard")
+SHOWN = {"loss": "loss", "reward": "reward", "kl": "KL"}  # on the line of an evaluation
 
 
 @dataclass
-class Options(StageOptions):
+class Options(TrackedOptions):
     # ---- data and model
     model_path: str = option("", "folder of the SFT checkpoint", role=INPUT)
     train_file: str = option("", "train CSV", role=INPUT)
@@ -110,7 +111,7 @@ class Options(StageOptions):
     lora_alpha: int = option(32, "adapters are scaled by lora_alpha / lora_r")
     lora_dropout: float = option(0.0, "accepted as in sft.py, without effect: dropout is off in RL", role=RUNTIME)
     lora_target_modules: str = option("all-linear", "q_proj,v_proj,… or all-linear: all but the LM head")
-    # ---- evaluation and logging
+    # ---- evaluation
     eval_step: float = option(0.1, "steps between evaluations, which also save; below 1: share of all steps")
     eval_beams: int = option(20, "beams of evaluation and of --test_during_training", aliases=["--test_beam"])
     eval_batch_size: int = option(32, "prompts per search in evaluation, per process", role=RUNTIME)
@@ -120,9 +121,6 @@ class Options(StageOptions):
     )
     test_during_training: bool = option(False, "log HR and NDCG of --eval_beams beams on each batch", role=RUNTIME)
     resume_from_checkpoint: str = option("", "a checkpoint-N folder; default: the newest of this run", role=RUNTIME)
-    report_to: str = option("", "wandb or tensorboard, in addition to the console", role=RUNTIME)
-    wandb_project: str = option("", "log to this Weights & Biases project", role=RUNTIME)
-    wandb_run_name: str = option("", "name of the run there", role=RUNTIME)
 
     def __post_init__(self):
         super().__post_init__()
@@ -172,7 +170,6 @@ def check(options: Options) -> None:
             options.metric_for_best_model in metrics,
             f"with --eval_beams {options.eval_beams} one of {', '.join(metrics)}",
         ),
-        report_to=(options.report_to in REPORTERS, f"nothing, {', '.join(REPORTERS[1:-1])} or {REPORTERS[-1]}"),
     )
     options.check(
         top_p=(options.top_p == 1 or not options.beam_search, "1 with beams, or --beam_search False"),
@@ -185,8 +182,6 @@ def check(options: Options) -> None:
             "False with --beta 0 or --use_lora True, which have no reference model to move",
         ),
     )
-    if options.report_to == "tensorboard" and not any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))):
-        raise UserError("--report_to tensorboard: the package is not installed; pip install tensorboard")
     parse_rl_tasks(options.rl_tasks)
     check_files(options.reward_type, options.reward_module, options.ada_path, options.baseline_path)
     check_batch(options)
@@ -314,11 +309,6 @@ def training_arguments(options: Options, completion_length: int, rewards: Sequen
     from minionerec.common.devices import use_one_gpu, wants_bf16
     from minionerec.rewards.registry import parse_weights
 
-    if options.wandb_project:
-        os.environ["WANDB_PROJECT"] = options.wandb_project
-    reporter = options.report_to or ("wandb" if options.wandb_project else "none")
-    if reporter == "tensorboard":
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(options.output_dir, "tensorboard"))
     settings = {name: getattr(options, name) for name in TRL_NAMES} | {
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": wants_bf16(),
@@ -339,8 +329,8 @@ def training_arguments(options: Options, completion_length: int, rewards: Sequen
         "load_best_model_at_end": True,
         "metric_for_best_model": f"eval_{options.metric_for_best_model}",
         "greater_is_better": True,
-        "report_to": [] if reporter == "none" else [reporter],
-        "run_name": options.wandb_run_name or None,
+        "report_to": "none",  # ConsoleCallback prints, logs and tracks
+        "disable_tqdm": True,
     }
     try:
         return use_one_gpu(GRPOConfig(**settings))
@@ -360,11 +350,10 @@ def plan_steps(options: Options, args, rows: int) -> None:
         )
     steps = rows // prompts * options.num_iterations
     args.eval_steps = args.save_steps = min(args.eval_steps, math.ceil(steps * options.num_train_epochs))
-    if args.process_index == 0:
-        print(
-            f"{rows:,} rows; {prompts:,} prompts x {options.num_generations} completions per generation; "
-            f"{steps:,} optimizer steps per epoch"
-        )
+    say(
+        f"{rows:,} rows; {prompts:,} prompts x {options.num_generations} completions per generation; "
+        f"{steps:,} optimizer steps per epoch"
+    )
 
 
 def build_trainer(options: Options, settings, data, protocol: str, rewards: list, prompts, resume: str | None):
@@ -373,6 +362,7 @@ def build_trainer(options: Options, settings, data, protocol: str, rewards: list
 
     from minionerec.language_model.adapters import lora_config, refuse_embeddings
     from minionerec.language_model.checkpoints import KeepCheckpoints, first_line, load_model, load_tokenizer
+    from minionerec.language_model.console_callback import ConsoleCallback
     from minionerec_trainer import ReReTrainer
 
     rows = Dataset.from_dict(rows_of(options, data, prompts))
@@ -392,7 +382,7 @@ def build_trainer(options: Options, settings, data, protocol: str, rewards: list
             train_dataset=rows,
             eval_dataset=rows.select(range(1)),  # TRL wants one; `evaluate` searches the validation rows
             peft_config=adapter,
-            callbacks=[KeepCheckpoints(prompts.path, settings, resume)],
+            callbacks=[KeepCheckpoints(prompts.path, settings, resume), ConsoleCallback(options, SHOWN)],
             catalog=data.catalog,
             space=options.space,
             beams=options.beam_search,
@@ -424,11 +414,12 @@ def save_best(options: Options, trainer, prompts, settings) -> None:
         save_trained(trainer, prompts.path, options.output_dir, settings)
     if trainer.args.process_index:
         return
-    print(f"validation {metric} before training: {start:.4f}")
+    name = metric.removeprefix("eval_")
+    say(f"valid {name} before training {start:.4f}")
     if best is not None:
-        print(f"best validation {metric}: {best:.4f}, at {trainer.state.best_model_checkpoint}")
+        say(f"best valid {name} {best:.4f}, at step {trainer.state.best_global_step}")
     if not improved and options.keep_start:
-        print(f"no evaluation improves: {options.output_dir} gets the initial weights (--keep_start False: RL's best)")
+        say(f"no evaluation improves: {options.output_dir} gets the initial weights (--keep_start False: RL's best)")
         unset_hf_deepspeed_config()  # under ZeRO-3 the model would be loaded in shards
         model = load_model(options.model_path, "model_path")
         save(model, trainer.processing_class, prompts.path, options.output_dir, settings)
@@ -444,7 +435,7 @@ def main(options: Options) -> None:
     if record.complete:
         return
 
-    from minionerec.language_model.checkpoints import remove_checkpoints, resume_point, save_log
+    from minionerec.language_model.checkpoints import remove_checkpoints, resume_point
 
     settings = settings_of(options)
     data, protocol = read_data(options, settings.max_history)
@@ -455,7 +446,6 @@ def main(options: Options) -> None:
     trainer.train(resume_from_checkpoint=resume)
     save_best(options, trainer, prompts, settings)
     if trainer.args.process_index == 0:
-        save_log(trainer, options.output_dir)
         model_card.write(record, base_model=options.model_path)
         record.finish()
         remove_checkpoints(options.output_dir, keep=[options.resume_from_checkpoint])

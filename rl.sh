@@ -50,12 +50,12 @@ USE_LORA=${USE_LORA:-}
 LORA_R=${LORA_R:-}
 LORA_ALPHA=${LORA_ALPHA:-}
 
-# ---- evaluation and logging
+# ---- evaluation and tracking
 EVAL_STEP=${EVAL_STEP:-0.2}                   # an evaluation of all validation rows takes longer, so fewer of them
 EVAL_ROWS=${EVAL_ROWS:--1}                    # a choice among few checkpoints needs many rows
 EVAL_BEAMS=${EVAL_BEAMS:-${TEST_BEAM:-50}}    # as many beams as are scored in the end
 METRIC_FOR_BEST_MODEL=${METRIC_FOR_BEST_MODEL:-NDCG@50}  # the steadiest metric on few rows
-REPORT_TO=${REPORT_TO:-}                      # wandb or tensorboard
+REPORT_TO=${REPORT_TO:-}                      # none, wandb, tensorboard or trackio
 WANDB_PROJECT=${WANDB_PROJECT:-}
 WANDB_RUN_NAME=${WANDB_RUN_NAME:-}
 

@@ -33,6 +33,11 @@ LEARNING_RATE=${LEARNING_RATE:-}
 WEIGHT_DECAY=${WEIGHT_DECAY:-}
 SEED=${SEED:-}
 
+# ---- tracking
+REPORT_TO=${REPORT_TO:-}              # none, wandb, tensorboard or trackio
+WANDB_PROJECT=${WANDB_PROJECT:-}
+WANDB_RUN_NAME=${WANDB_RUN_NAME:-}
+
 # ---- output
 OUTPUT_DIR=${OUTPUT_DIR:-output/${MODEL:-sasrec}}   # one folder for each model; the script has no default
 

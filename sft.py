@@ -12,16 +12,17 @@ computed only at the answers' tokens. Trained are all weights, LoRA adapters and
 Re-running a killed command resumes from its last checkpoint; a finished run is skipped. docs/sft.md explains the rest.
 """
 
-import importlib.util
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from minionerec.common import model_card, runs
+from minionerec.common.console import say
 from minionerec.common.errors import UserError
-from minionerec.common.options import INPUT, OUTPUT, RUNTIME, StageOptions, option, run
+from minionerec.common.options import INPUT, OUTPUT, RUNTIME, option, run
 from minionerec.common.processes import on_main_process
+from minionerec.common.tracking import TrackedOptions
 from minionerec.decoding.spaces import SPACES
 from minionerec.language_model.file_names import CHECKPOINT_FILES
 
@@ -29,12 +30,11 @@ TEMPLATE = Path(__file__).parent / "config" / "prompt.yaml"
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 )  # fmt: skip
-REPORTERS = ("none", "wandb", "tensorboard")
 SID_INITS = ("mean", "text", "codebook")
 
 
 @dataclass
-class Options(StageOptions):
+class Options(TrackedOptions):
     # data
     train_file: str = option("", "train CSV", role=INPUT)
     eval_file: str = option("", "valid CSV", role=INPUT)
@@ -96,20 +96,16 @@ class Options(StageOptions):
     resume_from_checkpoint: str = option(
         "", "a checkpoint-N folder; default: the last one of a killed run", role=RUNTIME
     )
-    # evaluation and logging
+    # evaluation
     eval_step: float = option(0.1, "steps between evaluations (and checkpoints); below 1: share of all steps")
     early_stopping_patience: int = option(3, "stop after this many evaluations without improvement; 0: never")
     metric_for_best_model: str = option("eval_loss", "eval_loss, or HR@K or NDCG@K of constrained beam search")
     eval_rows: int = option(1000, "HR and NDCG: rows of --eval_file, drawn by seed; -1: all")
     eval_beams: int = option(20, "HR and NDCG: beams", aliases=["--test_beam"])
-    report_to: str = option("none", " or ".join(REPORTERS), role=RUNTIME)
-    wandb_project: str = option("", "log to this Weights & Biases project", role=RUNTIME)
-    wandb_run_name: str = option("", "name of its run", role=RUNTIME)
 
     def __post_init__(self):
         super().__post_init__()
         self.prompt_template = self.prompt_template or str(TEMPLATE)
-        self.report_to = "wandb" if self.wandb_project else self.report_to
         if (self.sid_init == "codebook") != bool(self.sid_codebooks):
             raise UserError(
                 f"--sid_init {self.sid_init} --sid_codebooks {self.sid_codebooks or '(none)'}: expected --sid_init codebook "
@@ -132,7 +128,6 @@ class Options(StageOptions):
             sid_init=(self.sid_init in SID_INITS, " or ".join(SID_INITS)),
             history_drop=(0 <= self.history_drop < 1, "0 or more and below 1"),
             history_crop=(0 <= self.history_crop <= 1, "0 to 1"),
-            report_to=(self.report_to in REPORTERS, " or ".join(REPORTERS)),
             lr_scheduler_type=(self.lr_scheduler_type in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             num_epochs=(self.num_epochs >= 0, "more than 0, or 0 for a number by the targets"),
             train_space=(self.train_space in SPACES, " or ".join(SPACES)),
@@ -146,8 +141,6 @@ class Options(StageOptions):
             train_rows=(self.train_rows >= 1 or self.train_rows == -1, "at least 1, or -1 for all"),
             eval_rows=(self.eval_rows >= 1 or self.eval_rows == -1, "at least 1, or -1 for all"),
         )
-        if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
-            raise UserError(f"--report_to {self.report_to}: not installed; pip install {self.report_to}")
         self.accumulation_steps()
 
     def require_inputs(self) -> None:
@@ -186,8 +179,6 @@ def training_arguments(options: Options):
 
     from minionerec.common.devices import use_one_gpu, wants_bf16
 
-    if options.wandb_project:
-        os.environ["WANDB_PROJECT"] = options.wandb_project
     metric = options.metric_for_best_model
     args = TrainingArguments(
         output_dir=options.output_dir,
@@ -215,8 +206,8 @@ def training_arguments(options: Options):
         greater_is_better=not metric.endswith("loss"),
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=[options.report_to],
-        run_name=options.wandb_run_name or None,
+        report_to="none",  # ConsoleCallback prints, logs and tracks
+        disable_tqdm=True,
     )
     return use_one_gpu(args)
 
@@ -350,7 +341,7 @@ def passes(options: Options, lines, catalog) -> float:
         return options.num_epochs
     targets = lines.rows.answer.sum() / catalog.codes.shape[1]
     chosen = min(60, max(16, math.ceil(2.5e6 / max(targets, 1))))
-    print(f"--num_epochs 0: {chosen} passes over {targets:,.0f} targets")
+    say(f"--num_epochs 0: {chosen} passes over {targets:,.0f} targets")
     return chosen
 
 
@@ -358,11 +349,12 @@ def build_trainer(options: Options, args, data, model, tokenizer, lines, order, 
     """The trainer of `lines`, (train, valid), in the given order; `keep` looks after its checkpoints."""
     from minionerec.language_model.batches import Collator, packing_collator
     from minionerec.language_model.catalog_loss import SidTokens
+    from minionerec.language_model.console_callback import ConsoleCallback
     from minionerec.language_model.sft_trainer import Patience, SFTTrainer, TimeBudget
 
     args.num_train_epochs = passes(options, lines[0], data.catalog)
     patience, pad = options.early_stopping_patience, tokenizer.pad_token_id
-    callbacks = [keep, *([Patience(patience)] if patience else [])]
+    callbacks = [keep, ConsoleCallback(options, {"loss": "loss"}), *([Patience(patience)] if patience else [])]
     callbacks += [TimeBudget(options.time_budget)] if options.time_budget else []
     collator = packing_collator(model, pad) if options.packing else Collator(pad)
     return SFTTrainer(
@@ -418,12 +410,12 @@ def main(options: Options) -> None:
     trainer.accelerator.wait_for_everyone()  # every process has loaded them before the checkpoints are removed
     checkpoints.save_trained(trainer, prompts.path, options.output_dir, settings)
     if args.process_index == 0:
-        checkpoints.save_log(trainer, options.output_dir)
         model_card.write(record, base_model="" if options.train_from_scratch else options.base_model)
         record.finish()
         checkpoints.remove_checkpoints(options.output_dir, keep=[options.resume_from_checkpoint])
         best = trainer.state
-        print(f"best {args.metric_for_best_model}: {best.best_metric:.4f}, {best.best_model_checkpoint}")
+        name = args.metric_for_best_model.removeprefix("eval_")
+        say(f"best valid {name} {best.best_metric:.4f}, at step {best.best_global_step}")
 
 
 if __name__ == "__main__":

@@ -44,11 +44,11 @@ PACKING=${PACKING:-}
 GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-}
 SEED=${SEED:-}
 
-# ---- evaluation and logging
+# ---- evaluation and tracking
 EVAL_STEP=${EVAL_STEP:-}                         # steps between evaluations; below 1: share of all steps
 METRIC_FOR_BEST_MODEL=${METRIC_FOR_BEST_MODEL:-} # eval_loss, HR@10, NDCG@10, …
 EARLY_STOPPING_PATIENCE=${EARLY_STOPPING_PATIENCE:-}
-REPORT_TO=${REPORT_TO:-}                         # none, wandb or tensorboard
+REPORT_TO=${REPORT_TO:-}                         # none, wandb, tensorboard or trackio
 WANDB_PROJECT=${WANDB_PROJECT:-}
 WANDB_RUN_NAME=${WANDB_RUN_NAME:-}
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from minionerec.common.console import say
 from minionerec.common.errors import UserError
 from minionerec.common.files import require_file
 from minionerec.common.options import RUNTIME, option, run
@@ -117,7 +118,7 @@ def one_release(options: Options) -> str:
             found = release_of(path, flag, kind)
             if expected == "auto":
                 expected, source = found, str(path)
-                print(f"release {found}, told by the fields of {path}")
+                say(f"release {found}, told by the fields of {path}")
             if found != expected:
                 raise UserError(f"{path}: found release {found}, expected {expected} as in {source}; check --{flag}")
     return expected

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
+from minionerec.common.console import say
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file, write_json
 from minionerec.common.text import printable
@@ -59,7 +60,7 @@ class Faults:
             if bad > max_bad * max(1, self.records):
                 more = f"{bad:,} of {self.records:,} records cannot be used; repair them, or raise --max_bad"
                 raise UserError(printable(f"{first} ({more})"))
-            print(printable(f"left out: {count:,} records, {kind}; the first: {first}"))
+            say(printable(f"left out: {count:,} records, {kind}; the first: {first}"))
 
 
 # ------------------------------------------------------------------------------------------------ times
@@ -136,7 +137,7 @@ class _Steps:
             left["dropped"] = self.log[-1]["interactions"] - len(user)
         self.log.append({"step": step} | left | more)
         said = ", ".join(f"{value:,} {name}" for name, value in (left | more).items())
-        print(f"{step}: {said}")
+        say(f"{step}: {said}")
         if not len(user):
             raise UserError(f"{step}: no interaction is left; loosen the options above or give more data")
 
@@ -280,27 +281,27 @@ def describe(options: PreprocessOptions, log: splits.Sequences, split: splits.Sp
 
 def _say(found: dict) -> None:
     time, lengths, split = found["time"], found["interactions_per_user"], found["split"]
-    print(
+    say(
         f"{found['items']} items, {found['users']} users, {found['interactions']} interactions, density "
         f"{found['density']:.3%}, {lengths['min']} to {lengths['max']} per user, mean {lengths['mean']:.1f}, "
         f"{found['repeats']} repeats"
     )
     if time["unit"]:
-        print(
+        say(
             f"time: {time['first']} to {time['last']}; {found['equal_times']} interactions have the time of the user's "
             "interaction before; ties stay in file order"
         )
     else:
-        print("the source has no times: interactions stay in file order")
-    print(f"split {split['kind']}; {split['users_left_out']} users have too few interactions for it")
-    print("\n".join(f"{name}: {count} samples" for name, count in split["samples"].items()))
+        say("the source has no times: interactions stay in file order")
+    say(f"split {split['kind']}; {split['users_left_out']} users have too few interactions for it")
+    say("\n".join(f"{name}: {count} samples" for name, count in split["samples"].items()))
     tested = max(1, split["samples"]["test"])
-    print(
+    say(
         f"test targets: {split['test_targets_not_in_train'] / tested:.1%} not in train, "
         f"{split['test_targets_in_history'] / tested:.1%} in the user's history"
     )
     if leaked := split["test_targets_before_train_targets_of_others"]:
-        print(
+        say(
             f"warning: {leaked} of {split['samples']['test']} test targets ({leaked / tested:.1%}) are earlier than a "
             "train target of another user; --split time has none"
         )

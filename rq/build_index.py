@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minionerec.common.console import say
 from minionerec.common.errors import UserError
 from rq.collisions import resolve
 from rq.files import dataset_name, report_path
@@ -49,7 +50,7 @@ def build_index(
         report[when] = quality(some) | errors | {"fitted_error": fitted_error(embeddings, some)}
     write_report(report_path(output), report, {dataset_name(output): report})
     after = report["after"]
-    print(
+    say(
         f"wrote {output}: {after['n_items']} items, {after['distinct_sids']} SIDs; collision rate "
         f"{report['before']['collision_rate']:.4f} before, {after['collision_rate']:.4f} after {collision}; "
         f"codes used {after['codes_used']}, perplexity {after['perplexity']}; "

@@ -14,6 +14,7 @@ quantizer takes the result.
 from dataclasses import dataclass
 
 from minionerec.common import runs
+from minionerec.common.console import say
 from minionerec.common.errors import UserError
 from minionerec.common.options import INPUT, OUTPUT, StageOptions, option, run
 
@@ -119,10 +120,10 @@ def main(options: Options) -> None:
     fused = fuse(text, model.table()[: len(text)].detach().numpy(), seen, options)
     with atomic_file(options.output_file, "wb") as f:
         np.save(f, fused, allow_pickle=False)
-    record.finish()
-    print(
+    say(
         f"wrote {options.output_file}: {fused.shape[0]} items x {fused.shape[1]}, {(~seen).sum()} of them unseen in train"
     )
+    record.finish()
 
 
 if __name__ == "__main__":

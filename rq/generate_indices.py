@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 from minionerec.common import runs
+from minionerec.common.console import note
 from minionerec.common.embeddings import digest, load_embeddings
 from minionerec.common.errors import UserError
 from minionerec.common.options import INPUT, RUNTIME, option, run
@@ -68,7 +69,7 @@ def check(options: Options, matrix: np.ndarray) -> np.ndarray | None:
         if len(found.codes) and found.digest == digest(matrix):
             codes = found.codes
         else:
-            print(f"{o.ckpt_path} was not made from these embeddings: every item takes its nearest codes")
+            note(f"{o.ckpt_path} was not made from these embeddings: every item takes its nearest codes")
     else:
         model = read_config(o.ckpt_path)["model"]
         in_dim, sizes = model["in_dim"], model["num_emb_list"]

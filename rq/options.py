@@ -9,6 +9,7 @@ from typing import Literal
 from minionerec.common.errors import UserError
 from minionerec.common.files import require_file
 from minionerec.common.options import INPUT, OUTPUT, RUNTIME, StageOptions, option
+from minionerec.common.tracking import TrackedOptions
 from rq.files import dataset_name, embeddings_of
 
 Collision = Literal["none", "sinkhorn", "nearest_free", "extra_token"]
@@ -63,7 +64,6 @@ class ClusteringOptions(StageOptions):
     l: int = option(3, f"levels, 1 to {MOST_LEVELS}")  # noqa: E741 (the published name)
     max_iter: int = option(100, "most iterations of the k-means of a level")
     seed: int = option(42, "seed of the starting centres")
-    verbose: bool = option(False, "print sizes and error of each level", role=RUNTIME)
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,7 +90,7 @@ class KMeansOptions(IndexOptions, ClusteringOptions):
 
 
 @dataclass
-class TrainingOptions(StageOptions):
+class TrainingOptions(TrackedOptions):
     """What each quantizer takes that is trained by gradient descent."""
 
     # data

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from minionerec.common import runs
+from minionerec.common.console import say, short, track
 from minionerec.common.embeddings import digest, load_embeddings
 from minionerec.common.errors import UserError
 from rq.codebooks import CodebookFile, write_codebooks
@@ -56,20 +57,19 @@ def make_codebooks(options: ClusteringOptions, method: str, embeddings: np.ndarr
     record = runs.begin(options, f"rqkmeans_{method}", files=[options.codebook_path])
     if record.complete:
         return
-    from tqdm import tqdm
-
     start, residual, books, codes = time.perf_counter(), embeddings, [], []
-    for level in tqdm(range(options.l), desc=f"RQ-KMeans ({method})", unit="level"):
+    for level in track(range(options.l), f"RQ-KMeans ({method})", unit="levels"):
         centers, code = cluster(residual, options.seed + level)
         residual = residual - centers[code]
         books.append(centers)
         codes.append(code)
-        if options.verbose:
-            sizes, left = np.bincount(code, minlength=options.k), np.square(residual).mean()
-            print(f"level {level}: sizes {sizes.min()} to {sizes.max()}, mean square left {left:.3g}")
+        sizes, left = np.bincount(code, minlength=options.k), np.square(residual).mean()
+        say(
+            f"level {level + 1}/{options.l}  clusters of {sizes.min()} to {sizes.max()} items  mean square left {short(left)}"
+        )
     write_codebooks(options.codebook_path, CodebookFile(books, np.stack(codes, axis=1), digest(embeddings)))
-    record.finish()
     seconds = time.perf_counter() - start
-    print(
+    say(
         f"wrote {options.codebook_path}: {options.l} codebooks of {options.k} x {embeddings.shape[1]} in {seconds:.1f} s"
     )
+    record.finish()

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from minionerec.common import runs
+from minionerec.common.console import say
 from minionerec.common.embeddings import load_embeddings
 from minionerec.common.errors import UserError
 from minionerec.common.options import INPUT, option, run
@@ -79,10 +80,10 @@ def train_from(start: CodebookFile, matrix: np.ndarray, options: PlusOptions) ->
     embeddings, frozen = torch.from_numpy(matrix).to(device), Codebooks(books).to(device)
     nearest = frozen.encode(embeddings, options.batch_size).codes  # (items, levels)
     error = frozen.squared_error(embeddings, nearest, options.batch_size)[-1].item() / variance(embeddings)
-    print(f"start: nearest codes, which leave {error:.4f} of the variance")
+    say(f"start: nearest codes, which leave {error:.4f} of the variance")
     if len(start.codes) == len(matrix):
         agree = (nearest.cpu().numpy() == start.codes).all(axis=1).mean()
-        print(f"{agree:.1%} of the items have these as their clusters")
+        say(f"{agree:.1%} of the items have these as their clusters")
 
     def make_model() -> RQKMeansPlus:
         sizes = [len(book) for book in books]

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from minionerec.common.console import Progress, figures, note, say, short
 from minionerec.common.devices import pick_device
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file, write_json
+from minionerec.common.tracking import TrainingLog, read_log
 from rq.checkpoints import save_model
 from rq.collisions import collision_rate
 from rq.files import STATE
@@ -51,18 +52,18 @@ def train(
     if o.compile and device.type != "cuda":
         raise UserError(f"--compile True is for cuda, but the device is {device}; leave it out")
     if o.num_workers:
-        print(f"--num_workers {o.num_workers} is ignored: the whole matrix is on {device}")
+        note(f"--num_workers {o.num_workers} is ignored: the whole matrix is on {device}")
     if o.warmup_epochs >= o.epochs:
-        print(f"the learning rate never reaches {o.lr}: --warmup_epochs {o.warmup_epochs}, --epochs {o.epochs}")
+        note(f"the learning rate never reaches {o.lr}: --warmup_epochs {o.warmup_epochs}, --epochs {o.epochs}")
 
     torch.manual_seed(o.seed)
     model = make_model()
     sizes = model.quantizer.sizes
     if math.prod(sizes) < len(embeddings):
-        print(f"codebooks of {sizes} have fewer SIDs than there are items: --collision nearest_free will be refused")
-    print(f"{len(embeddings)} items, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}")
+        note(f"codebooks of {sizes} have fewer SIDs than there are items: --collision nearest_free will be refused")
+    say(f"{len(embeddings)} items, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}")
     result = Trainer(model, embeddings, o, o.ckpt_dir, device, o.compile).fit(start)
-    print(
+    say(
         f"wrote {o.ckpt_dir}: best loss {result['best_loss']:.5f}, best collision rate "
         f"{result['best_collision']:.4f}, {result['epochs']} epochs"
     )
@@ -102,25 +103,40 @@ class Trainer:
         """Train to the last epoch; returns the figures that are also written to result.json. `start`: see `train`."""
         o = self.options
         if self._load_state():
-            print(f"resuming after epoch {self.epoch}, from {self.folder / STATE}")
+            say(f"resuming after epoch {self.epoch}, from {self.folder / STATE}")
         else:
             torch.manual_seed(o.seed)
             if start:
                 self.model.train()
                 start(self.model, self.data[self._batches()[0]])
-        with tqdm(total=o.epochs, initial=self.epoch, desc="training", unit="epoch", mininterval=1) as bar:
+        log = TrainingLog(o, self.folder, read_log(self.folder, self._step) if self.epoch else ())
+        with Progress(o.epochs, "training", start=self.epoch, unit="epochs") as progress:
             while self.epoch < o.epochs:
                 loss = self._train_epoch()
                 self.epoch += 1
-                bar.update()
+                progress.update()
                 if self.epoch % o.eval_step == 0 or self.epoch == o.epochs:
                     collision = self._collision_rate()
-                    bar.set_postfix(loss=f"{loss:.5f}", collision=f"{collision:.4f}")
                     self._keep(loss, collision)
+                    entry = {
+                        "loss": loss,
+                        "eval_collision": collision,
+                        "learning_rate": self.scheduler.get_last_lr()[0],
+                    }
+                    log.add(entry | {"epoch": self.epoch, "step": self._step})
                     self.save_state()
+                    words = figures({"loss": loss, "collision rate": collision})
+                    best = f"(best {short(self.best['collision'])})"
+                    say(f"epoch {self.epoch}/{o.epochs}  {words} {best}  {progress.left()}")
+        log.close()
         result = {"epochs": self.epoch} | {f"best_{name}": figure for name, figure in self.best.items()}
         write_json(self.folder / "result.json", result)
         return result
+
+    @property
+    def _step(self) -> int:
+        """Optimizer steps so far."""
+        return self.scheduler.last_epoch
 
     def _batches(self) -> list[Tensor]:
         """One epoch's rows, shuffled. A last batch of one row joins the one before: batch norm needs two rows."""

@@ -2,7 +2,7 @@
 
 - Every command in README.md, CONTRIBUTING.md, RESULTS.md and docs/ names a script that exists, options and variables
   that it has, and values that it accepts (`docs/log.md` quotes commands of earlier commits and is left out).
-- Commands on the quickstart's files run (slow: on a small data set in their place).
+- Commands on the quickstart's files run (slow: on a small data set in their place), and so do the Python snippets.
 - The README has at most 120 lines, its tree is the disk's, its results are those of RESULTS.md.
 - Links lead to files and headings that exist; paths in code spans exist.
 - Messages that `docs/troubleshooting.md` quotes are in the code.
@@ -50,7 +50,19 @@ SHELL_WORDS = {
     "pre-commit",
 }
 OTHER_FLAGS = {"--help", "--debug", "--no-deps", "--standalone", "--config_file"}  # not options of one script
-OTHER_VARIABLES = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE", "WANDB_MODE"}
+LAUNCH_FLAGS = {  # of torchrun, accelerate launch and sbatch
+    "--nnodes", "--node_rank", "--master_addr", "--master_port", "--nproc_per_node", "--num_machines", "--machine_rank",
+    "--main_process_ip", "--main_process_port", "--num_processes", "--nodes", "--gpus-per-node",
+}  # fmt: skip
+OTHER_VARIABLES = {
+    "NCCL_SOCKET_IFNAME",
+    "NCCL_DEBUG",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "HF_HUB_OFFLINE",
+    "WANDB_MODE",
+}
 VARIABLE = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)", re.S)
 
 
@@ -166,6 +178,15 @@ def check_command(words: list[str]) -> None:
         words = words[1:]
     if not words or words[0] in SHELL_WORDS or words[0].startswith(("#", ".venv")):
         return
+    if words[0] == "sbatch":  # shell/slurm.sh starts a launcher with these variables
+        script = next(number for number, word in enumerate(words) if word.endswith(".sh"))
+        assert (ROOT / words[script]).exists(), f"{words[script]} does not exist"
+        check_launch_flags(words[1:script])
+        words = ["bash", *words[script + 1 :]]
+    if words[0] in ("torchrun", "accelerate"):
+        script = next(number for number, word in enumerate(words) if word.endswith(".py"))
+        check_launch_flags(words[1:script])
+        words = ["python", *words[script:]]
     assert words[0] in ("bash", "python"), f"unknown command {words[0]}"
     if words[0] == "python":
         script, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
@@ -184,6 +205,11 @@ def check_command(words: list[str]) -> None:
         known |= {flag.lstrip("-").upper() for flag in all_flags()}
     unknown = set(variables) - known - OTHER_VARIABLES
     assert not unknown, f"{launcher} does not use {sorted(unknown)}"
+
+
+def check_launch_flags(words: list[str]) -> None:
+    unknown = {word.split("=")[0] for word in words if word.startswith("--")} - LAUNCH_FLAGS - OTHER_FLAGS
+    assert not unknown, f"unknown flags of a launch: {sorted(unknown)}"
 
 
 def documented_commands(page: Path) -> list[str]:
@@ -228,6 +254,11 @@ def test_every_flag_and_variable_in_a_code_span_exists(page):
         ("NO_SUCH_VARIABLE=1 bash run.sh", "does not use"),
         ("MODEL=markov \\\n    bash sasrec.sh --bad 1 # why", "no option --bad"),
         ("frobnicate", "unknown command"),
+        ("torchrun --nproc_per_node 2 sft.py --bad 1", "no option --bad"),
+        ("torchrun --bad 2 sft.py", "unknown flags of a launch"),
+        ("accelerate launch --num_processes 2 rl.py --beta many", "invalid float value"),
+        ("sbatch shell/slurm.sh none.sh", "none.sh does not exist"),
+        ("BETA=many sbatch shell/slurm.sh rl.sh", "invalid float value"),
     ],
 )
 def test_a_command_that_cannot_start_is_found(command, reason):
@@ -254,7 +285,7 @@ def runnable_blocks() -> list:
                 "output/quickstart" in block
                 and started
                 and set(started) <= RUNNABLE
-                and not re.search(r"…|<\w|NNODES|my_", block)
+                and not re.search(r"…|<\w|NNODES|my_|output/hashed", block)
             ):
                 blocks.append(pytest.param(block, id=f"{name_of(page)}-{number}"))
     return blocks
@@ -300,6 +331,62 @@ def run_block(block: str) -> subprocess.CompletedProcess:
 def test_documented_commands_run(block, quickstart):
     done = run_block(re.sub(r"(?<![\w/])output(?=/)", str(quickstart), block))
     assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def python_snippets(page: str, output: Path) -> list[str]:
+    """The Python blocks of a page, on the files below `output`."""
+    blocks = fenced(ROOT / "docs" / page, "python")
+    return [re.sub(r"(?<![\w/])output(?=/)", str(output), block) for block in blocks]
+
+
+def run_python(code: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{code}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_snippets_of_a_log_and_of_a_server_run(quickstart, tmp_path):
+    [snippet] = python_snippets("console.md", quickstart)
+    assert "eval_NDCG@10" in run_python(snippet, tmp_path)
+    [snippet] = python_snippets("recommend.md", quickstart)
+    best = ast.literal_eval(run_python(snippet, tmp_path).splitlines()[-1])
+    assert len(best) == 10 and len(set(best)) == 10 and all(sid.startswith("<a_") for sid in best)
+
+
+@pytest.mark.slow
+def test_the_quantizer_and_the_task_of_the_page_run(quickstart, tmp_path, monkeypatch):
+    """The quantizer's index is converted; the task makes a row per sample that has a history."""
+    import polars as pl
+
+    import data
+    from minionerec.catalog.items import Items
+
+    output = tmp_path / "output"
+    shutil.copytree(quickstart / "quickstart" / "raw", output / "quickstart" / "raw")
+    items = len(json.loads((output / "quickstart" / "raw" / "ml-100k.item.json").read_text()))
+    vectors = np.random.default_rng(0).normal(size=(items, 16)).astype(np.float32)
+    np.save(output / "quickstart" / "raw" / "ml-100k.emb-minilm-td.npy", vectors)
+    quantizer, task = python_snippets("extending.md", output)
+    assert run_python(quantizer, tmp_path).startswith("collision rate ")
+    [block] = [block for block in fenced(ROOT / "docs" / "extending.md") if "convert_dataset.sh" in block]
+    done = run_block(re.sub(r"(?<![\w/])output(?=/)", str(output), block))
+    assert done.returncode == 0 and (output / "hashed" / "train" / "ml-100k.csv").exists(), done.stderr
+
+    monkeypatch.setattr(data, "TASKS", dict(data.TASKS))
+    exec(task, {})
+    rows = pl.DataFrame({"history": [[0, 1], []], "target": [2, 0]}, schema_overrides={"history": pl.List(pl.Int64)})
+    prompts = data.Prompts(category="lamps")
+    monkeypatch.setitem(prompts.tasks, "last_title", prompts.tasks["sid_seq2title"])
+    catalog = Items(["<a_0><b_0>", "<a_0><b_1>", "<a_1><b_0>"], ["Desk lamp", "Bulb", "Hook"])
+    [example] = data.TASKS["last_title"].examples(rows, catalog, prompts)
+    assert example.answer == "Bulb" and "<a_0><b_0><a_0><b_1>" in example.prompt and "Bulb" not in example.prompt
 
 
 # ------------------------------------------------------------------------------------------------ the README

@@ -17,7 +17,7 @@ from zygote import Zygote
 
 KILLS = int(os.environ.get("KILLS", 20))
 MOST_STARTS = 200
-NOT_RESULTS = {"run.json", "training_args.bin", "log.txt", "trainer_state.json"}
+NOT_RESULTS = {"run.json", "log.jsonl", "training_args.bin", "log.txt", "trainer_state.json"}
 pytestmark = pytest.mark.slow
 
 

@@ -494,7 +494,12 @@ def evaluation(world, model, output) -> dict:
 def test_the_launcher_trains_what_evaluate_sh_scores(world, sft_checkpoint, tmp_path):
     given = environment(world, sft_checkpoint, tmp_path / "rl", TEST_DURING_TRAINING="True", LEARNING_RATE=1e-3)
     done = run_stage("rl.sh", env=given)
-    assert "test/HR@10" in done.stdout and "eval_NDCG@10" in done.stdout
+    assert re.search(r"^step 0/\d+  valid NDCG@10 \S+ \(best", done.stdout, re.M), done.stdout
+    assert re.search(r"^step \d+/\d+  loss \S+  reward \S+  KL \S+  valid NDCG@10 ", done.stdout, re.M), done.stdout
+    assert not {"\r", "{"} & {*done.stdout, *done.stderr} and "WARNING" not in done.stderr
+    logged = [json.loads(line) for line in (tmp_path / "rl" / "log.jsonl").read_text().splitlines()]
+    names = {name for entry in logged for name in entry}
+    assert {"test/HR@10", "eval_NDCG@10", "reward", "group/dead", "grad_norm"} <= names
     assert not equal_weights(sft_checkpoint, tmp_path / "rl")
     assert (tmp_path / "rl" / "prompt.yaml").read_text() == (sft_checkpoint / "prompt.yaml").read_text()
     run_stage("evaluate.sh", env=evaluation(world, tmp_path / "rl", tmp_path / "rl.json"))

@@ -75,7 +75,7 @@ def test_launcher_and_a_second_run_with_the_same_seed(tmp_path):
     assert results[0] == results[1] and results[0]["headline"] == "unseen"
     for part in (results[0], results[0]["unseen"]):
         assert set(part["item"]) == set(part["sid"]) == set(part["intervals"])
-    files = ["README.md", "config.json", "metrics.json", "model.safetensors", "ranks.npz", "run.json"]
+    files = ["README.md", "config.json", "log.jsonl", "metrics.json", "model.safetensors", "ranks.npz", "run.json"]
     assert written(tmp_path / "one") == files == written(tmp_path / "two")
     assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
         tmp_path / "two" / "model.safetensors"

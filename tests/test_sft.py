@@ -103,7 +103,7 @@ def killed(options, saves: int = 2) -> Path:
         ({"history_drop": 1}, "--history_drop 1: expected 0 or more and below 1"),
         ({"history_crop": 0.5, "packing": True}, "is not implemented; choose one"),
         ({"sid_tokens": "all"}, "--sid_tokens all: expected codebook or used"),
-        ({"report_to": "paper"}, "--report_to paper: expected none or wandb or tensorboard"),
+        ({"report_to": "paper"}, "--report_to paper: expected one of none, wandb, tensorboard, trackio"),
         ({"lr_scheduler_type": "sine"}, "--lr_scheduler_type sine: expected one of linear, cosine"),
         ({"num_epochs": -1}, "--num_epochs -1: expected more than 0"),
         ({"learning_rate": float("nan")}, "--learning_rate nan: expected a finite number"),
@@ -232,7 +232,7 @@ def test_a_model_that_evaluation_cannot_decode_is_refused_before_the_training(op
 
 def test_a_few_long_steps_still_end_with_an_evaluation(options, tmp_path, capsys):
     sft.main(options(eval_step=1000))
-    assert "best eval_loss: " in capsys.readouterr().out
+    assert "best valid loss " in capsys.readouterr().out
 
 
 def test_an_index_of_another_data_set_is_refused(options, tmp_path):

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, fields
 
-from minionerec.common.options import RUNTIME, StageOptions, option
+from minionerec.common.options import RUNTIME, option
+from minionerec.common.tracking import TrackedOptions
 
 COUNTS = ("popularity", "markov")  # nothing is trained
 TRAINED = ("sasrec", "gru4rec", "caser")
@@ -19,7 +20,7 @@ OWN_OPTIONS = {  # options that only some models use
 
 
 @dataclass
-class BaselineOptions(StageOptions):
+class BaselineOptions(TrackedOptions):
     """What one baseline takes, files left out."""
 
     model: str = option("sasrec", f"one of {', '.join(NAMES)}, in any case; GRU is gru4rec")

@@ -13,16 +13,17 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 import torch
-from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from minionerec.baselines.models import MODELS, SequentialModel
 from minionerec.baselines.options import BaselineOptions, filter_heights
 from minionerec.catalog.catalog import Catalog, target_counts
 from minionerec.catalog.windows import chain, windows
+from minionerec.common.console import Progress, duration, figures, say, short
 from minionerec.common.devices import pick_device
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file
+from minionerec.common.tracking import TrainingLog, read_log
 from minionerec.evaluation.metrics import table
 from minionerec.evaluation.protocols import by_scores
 
@@ -110,39 +111,49 @@ def fit(
     matrices = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay}]
     vectors = [{"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(matrices + vectors, lr=options.learning_rate, betas=(0.9, 0.98))
-    print(
+    say(
         f"{sum(p.numel() for p in parameters):,} parameters, {len(batches)} steps an epoch, loss {loss}, on {device}; "
         f"at most {options.epochs} epochs and {options.time_budget:.0f} s"
     )
 
     state = State(model, optimizer, state_file)
     state.load()
+    log = state_file and TrainingLog(
+        options, state_file.parent, read_log(state_file.parent, state.epoch * len(batches))
+    )
     started = time.monotonic() - state.seconds
     for epoch in range(state.epoch + 1, options.epochs + 1):
         if state.over(options):
             break
         model.train()
         total = torch.zeros((), device=device)
-        for items, targets in tqdm(batches.epoch(), f"epoch {epoch}", len(batches), leave=False, mininterval=1):
+        progress = Progress(len(batches), f"epoch {epoch}", unit="steps")
+        for items, targets in batches.epoch():
             value = model.loss(items.to(device), targets.to(device), kind=loss, negatives=options.negatives)
             optimizer.zero_grad()
             value.backward()
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
             optimizer.step()
             total += value.detach()
+            progress.update()
+        progress.close()
         if not torch.isfinite(total) or not model.scores(valid["history"].head(1).to_list()).isfinite().all():
             raise UserError(
                 f"epoch {epoch}: the loss is {total.item():.3g}, and training diverged; lower --learning_rate"
             )
         ndcg = table(by_scores(scorer(model), valid, catalog, names=[protocol])[protocol].item)["NDCG@10"]
-        state.add(epoch, ndcg, time.monotonic() - started)
-        print(
-            f"epoch {epoch}: loss {total.item() / len(batches):.4f}, valid NDCG@10 {ndcg:.4f} (best {state.best:.4f}), "
-            f"{state.seconds:.0f} s",
-            flush=True,
-        )
+        seconds = time.monotonic() - started
+        entry = {"loss": total.item() / len(batches), "eval_NDCG@10": ndcg, "seconds": seconds}
+        if log:
+            log.add(entry | {"epoch": epoch, "step": epoch * len(batches)})
+        state.add(epoch, ndcg, seconds)
+        words = figures({"loss": entry["loss"], "valid NDCG@10": ndcg})
+        left = duration(state.most_seconds_left(options))
+        say(f"epoch {epoch}/{options.epochs}  {words} (best {short(state.best)})  at most {left} left")
+    if log:
+        log.close()
     if state.out_of_time(options):
-        print(f"--time_budget {options.time_budget:.0f}: stopped after {state.epoch} epochs")
+        say(f"--time_budget {options.time_budget:.0f}: stopped after {state.epoch} epochs")
     model.load_state_dict(state.best_weights)
     return Fit(model, state.best, state.best_epoch)
 
@@ -177,11 +188,16 @@ class State:
         self.optimizer.load_state_dict(values.pop("optimizer"))
         torch.set_rng_state(values.pop("random"))
         vars(self).update(values)
-        print(f"resumed after epoch {self.epoch}, from {self.path}")
+        say(f"resumed after epoch {self.epoch}, from {self.path}")
 
     def out_of_time(self, options: BaselineOptions) -> bool:
         """Whether another epoch would exceed --time_budget."""
         return bool(options.time_budget and self.epoch) and self.seconds * (1 + 1 / self.epoch) > options.time_budget
+
+    def most_seconds_left(self, options: BaselineOptions) -> float:
+        """Seconds of the epochs that are left, or of the time budget if that ends before; early stopping may come first."""
+        by_epochs = self.seconds / self.epoch * (options.epochs - self.epoch)
+        return max(0.0, min(by_epochs, options.time_budget - self.seconds)) if options.time_budget else by_epochs
 
     def over(self, options: BaselineOptions) -> bool:
         patience_is_over = options.early_stop and self.epoch - self.best_epoch >= options.early_stop

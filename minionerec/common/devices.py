@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from minionerec.common.console import say
 from minionerec.common.errors import UserError
 
 
@@ -33,6 +34,6 @@ def wants_bf16() -> bool:
 def use_one_gpu(args):
     """`args` (`TrainingArguments`) with one GPU per process. On several, transformers would use DataParallel, silently."""
     if args.n_gpu > 1:
-        print(f"one process uses one of the {args.n_gpu} GPUs; the launcher (sft.sh, rl.sh) starts one process per GPU")
+        say(f"one process uses one of the {args.n_gpu} GPUs; the launcher (sft.sh, rl.sh) starts one process per GPU")
         args._n_gpu = 1
     return args

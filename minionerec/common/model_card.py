@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from minionerec.common import runs
+from minionerec.common.console import note
 from minionerec.common.files import atomic_file
 from minionerec.common.text import printable
+from minionerec.common.tracking import LOG_FILE
 
 TEST, END = "<!-- test metrics -->", "<!-- end of test metrics -->"
 NO_TEST = "Not evaluated on test rows yet."
@@ -34,7 +36,7 @@ def write(run: runs.Run, *, base_model: str = "", test: Mapping | None = None) -
     folder = run.path.parent
     path = folder / runs.CARD
     if path.exists() and not runs.is_our_card(path):
-        print(f"note: {path} was not written by this program and is kept; the model card is not written")
+        note(f"{path} was not written by this program and is kept; the model card is not written")
         return
     options = {name: portable(value) for name, value in run.record["options"].items()}
     record = run.record | {"options": options, "seconds": run.seconds(), "device": runs.device()}
@@ -57,7 +59,7 @@ def add_test(folder: Path, test: Mapping) -> None:
         card.data.model_name, card.data.eval_results = folder.resolve().name, results_of(test)
         _write(path, f"---\n{card.data.to_yaml()}\n---\n{card.text}")
     except (OSError, ValueError) as error:  # a folder that cannot be written, a card that was edited
-        print(f"note: the model card {path} is not updated ({error})")
+        note(f"the model card {path} is not updated ({error})")
 
 
 def _write(path: Path, text: str) -> None:
@@ -158,7 +160,7 @@ def validation(folder: Path, test: Mapping | None) -> str:
         return table(
             ("metric", "value"), [(name, f"{test['valid'][name]:.4f}") for name in SHOWN if name in test["valid"]]
         )
-    path = folder / runs.LOG
+    path = folder / LOG_FILE
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     entries = [entry for entry in map(json.loads, lines) if any(name.startswith("eval_") for name in entry)]
     names = ["step", "eval_loss", *(f"eval_{name}" for name in SHOWN)]

@@ -32,6 +32,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from minionerec.common import console
 from minionerec.common.errors import UserError
 from minionerec.common.files import require_file
 from minionerec.common.processes import leave_group, report_error
@@ -58,8 +59,12 @@ class StageOptions:
     overwrite: bool = option(
         False, "move a result with other settings aside (to NAME.1) instead of refusing to start", role=RUNTIME
     )
+    verbose: bool = option(False, "print details and all warnings of libraries", role=RUNTIME)
+    quiet: bool = option(False, "print only results, notes and errors", role=RUNTIME)
 
     def __post_init__(self):
+        if self.verbose and self.quiet:
+            raise UserError("--verbose True and --quiet True exclude each other; choose one")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             numbers = value if isinstance(value, list) else [value]
@@ -175,7 +180,8 @@ def parse(options_class: type, arguments: Sequence[str]):
         formatter_class=_Help,
     )
     kinds = typing.get_type_hints(options_class)
-    for field in dataclasses.fields(options_class):
+    common = {field.name for field in dataclasses.fields(StageOptions)}  # listed last
+    for field in sorted(dataclasses.fields(options_class), key=lambda field: field.name in common):
         _add(parser, field, kinds[field.name])
     options, unknown = parser.parse_known_args(list(arguments))
     if unknown:
@@ -192,7 +198,9 @@ def run(main: Callable, options_class: type) -> None:
     debug = len(arguments) < len(sys.argv) - 1
     WITHDRAWALS.clear()
     try:
-        main(parse(options_class, arguments))
+        options = parse(options_class, arguments)
+        console.configure(getattr(options, "verbose", False), getattr(options, "quiet", False))
+        main(options)
     except KeyboardInterrupt:
         leave_group(130)
         sys.exit(130)

@@ -41,9 +41,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minionerec.common.console import detail, duration, note, say
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file, write_json
 from minionerec.common.options import INPUT, SETTING, WITHDRAWALS, role_of
+from minionerec.common.tracking import LOG_FILE
 
 ROOT = Path(__file__).parents[2]
 RECORD = "run.json"
@@ -59,11 +61,10 @@ PACKAGES = (
     "numpy",
     "faiss-cpu",
 )
-LOG = "log.jsonl"  # what a training has logged
 CARD, CARD_MARK = "README.md", "<!-- written by MiniOneRec -->"  # the model card, and how it is told from another's
 # What a folder's digest covers: models, tokenizers, templates, tables. Records, figures and logs are left out.
 DIGESTED = {".json", ".safetensors", ".bin", ".model", ".txt", ".yaml", ".npz", ".npy", ".gguf", ".csv", ".jinja"}
-NOT_DIGESTED = {RECORD, "metrics.json", "trainer_state.json", "training_args.bin", "result.json", LOG}
+NOT_DIGESTED = {RECORD, "metrics.json", "trainer_state.json", "training_args.bin", "result.json", LOG_FILE}
 
 
 @dataclass
@@ -96,6 +97,7 @@ class Run:
         outputs = {os.path.relpath(path, base): path.stat().st_size for path in found}
         self.record |= {"complete": True, "seconds": self.seconds(), "outputs": outputs, "device": device()}
         write_json(self.path, self.record)
+        say(f"{self.record['stage']}: done in {duration(self.record['seconds'])}")
         if self.withdraw in WITHDRAWALS:
             WITHDRAWALS.remove(self.withdraw)
 
@@ -139,17 +141,18 @@ def begin(
     Raises `UserError` where a result with another identity, or files without a record, would be overwritten.
     """
     path = Path(folder) / RECORD if folder else Path(record or Path(files[0]).with_suffix(".run.json"))
+    announce(options, stage, inputs or {})
     identity = identity_of(options, stage, inputs or {})
     found = read_record(path)
     existing, moved = results(folder, writes, files, found, path), []
     if found and {key: found.get(key) for key in identity} == identity:
         missing = [name for name in found.get("outputs", ()) if not (path.parent / name).exists()]
         if found.get("complete") and not missing:
-            print(f"{folder or files[0]}: complete with these options, nothing to do")
+            say(f"{folder or files[0]}: complete with these options, nothing to do")
             note_changes(found, path)
             return Run("complete", path, found, files, writes)
         if found.get("complete"):
-            print(f"{path.parent / missing[0]} is missing; made again")
+            say(f"{path.parent / missing[0]} is missing; made again")
         state = "fresh" if found.get("complete") else "resume"
     else:
         state = "fresh"
@@ -158,7 +161,7 @@ def begin(
             if not getattr(options, "overwrite", False):
                 raise _taken(folder or existing[0], reason)
             moved = move_aside([*existing, *companions(folder)], folder)
-            print(f"the old result ({reason}) moves to {target_of(moved, folder)}")
+            note(f"the old result ({reason}) moves to {target_of(moved, folder)}")
     seconds = found.get("seconds_before", 0) if state == "resume" else 0
     new = identity | {
         "complete": False,
@@ -173,6 +176,7 @@ def begin(
     before = path.read_bytes() if path.is_file() else None
     made = [parent for parent in path.parents if not parent.exists()]
     write_json(path, new)
+    say(f"{stage}: {'resumes' if state == 'resume' else 'writes'} {folder or ', '.join(map(str, files[:1]))}")
     run = Run(state, path, new, files, writes, (folder, writes, files), before, moved, made)
     WITHDRAWALS.append(run.withdraw)
     return run
@@ -189,6 +193,23 @@ def _taken(place: str | Path, reason: str) -> UserError:
     return UserError(
         f"{place}: holds another result ({reason}); choose another output, or --overwrite True to move the old one aside"
     )
+
+
+def announce(options, stage: str, inputs: Mapping[str, str | Path]) -> None:
+    """Print what a stage reads; with --verbose also the options that differ from their defaults."""
+    fields = dataclasses.fields(options)
+    paths = [getattr(options, field.name) for field in fields if role_of(field) == INPUT] + list(inputs.values())
+    flat = [part for path in paths if path for part in (path if isinstance(path, list | tuple) else [path])]
+    say(f"{stage}: reads {', '.join(dict.fromkeys(map(relative, flat)))}")
+    for field in fields:
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if getattr(options, field.name) != default:
+            detail(f"{stage}: --{field.name} {getattr(options, field.name)}")
+
+
+def relative(path: str | Path) -> str:
+    """A path inside the working directory without the latter."""
+    return str(path).removeprefix(f"{os.getcwd()}/")
 
 
 # ------------------------------------------------------------------------------------------------ identity
@@ -298,15 +319,16 @@ def results(folder, writes: Sequence[str], files: Sequence, found: dict, path: P
     names += [match for pattern in writes for match in sorted(Path(folder).glob(pattern))]
     names += [Path(file) for file in files]
     existing = [name for name in dict.fromkeys(names) if name.exists()]
-    return [*existing, path] if existing and found else existing
+    beside = [path] if found else []
+    if folder and (path.parent / LOG_FILE).exists():
+        beside.append(path.parent / LOG_FILE)
+    return [*existing, *beside] if existing else []
 
 
 def companions(folder: str | Path) -> list[Path]:
-    """What describes a result in a folder without being part of it: the model card that a stage wrote, and the log."""
-    if not folder:
-        return []
-    card, log = Path(folder) / CARD, Path(folder) / LOG
-    return ([card] if is_our_card(card) else []) + ([log] if log.is_file() else [])
+    """What describes a result in a folder without being part of it: the model card that a stage wrote."""
+    card = Path(folder or ".") / CARD
+    return [card] if folder and is_our_card(card) else []
 
 
 def is_our_card(path: Path) -> bool:
@@ -344,9 +366,9 @@ def note_changes(found: dict, path: Path) -> None:
     """Say what differs although the identity does not: files edited since, another version of the code."""
     for name, size in found.get("outputs", {}).items():
         if (path.parent / name).stat().st_size != size:
-            print(f"note: {path.parent / name} was changed after this stage wrote it; the changed file is kept")
+            note(f"{path.parent / name} was changed after this stage wrote it; the changed file is kept")
     if found.get("code") != code_version():
-        print(f"note: made by another version of the code ({found.get('code')}); remove it to make it again")
+        note(f"made by another version of the code ({found.get('code')}); remove it to make it again")
 
 
 # ------------------------------------------------------------------------------------------------ provenance

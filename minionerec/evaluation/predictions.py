@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from minionerec.catalog.trie import Trie
+from minionerec.common.console import Progress, say
 from minionerec.common.files import atomic_file
 from minionerec.common.processes import on_main_process
 from minionerec.decoding.beam_search import length_batches, recommend_batch
@@ -92,20 +92,20 @@ def predict(
     found = parts.read() if resume and process.is_main_process else {}
     finished = on_main_process(lambda: list(found))
     if finished and process.is_main_process:
-        print(f"{folder}: {len(finished)} of {len(parts.batches)} parts were computed before")
+        say(f"{folder}: {len(finished)} of {len(parts.batches)} parts were computed before")
     pending = [part for part in range(len(parts.batches)) if part not in finished]
     own = pending[process.process_index :: process.num_processes]
 
     computed, pad = {}, tokenizer.pad_token_id or 0
     total = sum(len(parts.batches[part]) for part in own)
-    with tqdm(total=total, desc="evaluate", disable=not process.is_main_process) as bar:
+    with Progress(total, "evaluating", unit="batches") as progress:
         for part in own:
             results = []
             for batch in parts.batches[part]:
                 excluded = [each and [each[row] for row in batch] for each in exclusions.values()]
                 own_tokens = [tokens[row] for row in batch]
                 results.append(recommend_batch(model, own_tokens, pad, trie, num_beams, excluded, **search))
-                bar.update()
+                progress.update()
             computed[part] = _joined(results)
             parts.write(part, computed[part])
     everything = gather_object([computed])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minionerec.common import runs
+from minionerec.common.console import say
 from minionerec.common.errors import UserError
 from minionerec.common.files import read_json
 from minionerec.common.options import INPUT, OUTPUT, StageOptions, option, run
@@ -123,7 +124,7 @@ def main(options: Options) -> None:
     model, tokenizer = {"tiny": tiny, "smollm2": smollm2}[options.kind](options)
     save_base(model, tokenizer, options.output_dir)
     record.finish()
-    print(f"{options.output_dir}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens")
+    say(f"{options.output_dir}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 
 from minionerec.catalog.sids import SID_TOKEN
+from minionerec.common.console import note
 from minionerec.common.errors import UserError
-from minionerec.common.files import atomic_file, read_json, write_json
-from minionerec.common.runs import LOG
+from minionerec.common.files import read_json, write_json
 from minionerec.language_model.file_names import PROMPT_FILE, SETTINGS_FILE
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -69,7 +69,7 @@ def resolve_settings(folder: str | Path, **given) -> Settings:
     given = {name: value for name, value in given.items() if value}
     for name, value in given.items():
         if stored and getattr(stored, name) != value:
-            print(f"note: --{name} {value} is used, but {folder} was trained with {getattr(stored, name)!r}")
+            note(f"--{name} {value} is used, but {folder} was trained with {getattr(stored, name)!r}")
     return (stored or Settings())._replace(**given)
 
 
@@ -82,7 +82,7 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _reading(folder: str | Path, what: str, flag: str) -> Iterator[None]:
+def reading(folder: str | Path, what: str, flag: str) -> Iterator[None]:
     """Turn any error of a library that reads `folder` into a `UserError`."""
     try:
         yield
@@ -92,7 +92,7 @@ def _reading(folder: str | Path, what: str, flag: str) -> Iterator[None]:
 
 def load_tokenizer(folder: str | Path, flag: str):
     """The tokenizer of a model folder or hub name; one without a pad token pads with its end-of-sequence token."""
-    with _reading(folder, "tokenizer", flag):
+    with reading(folder, "tokenizer", flag):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(f"{folder}: found a {type(tokenizer).__name__}, expected a fast tokenizer (tokenizer.json)")
@@ -130,7 +130,7 @@ def reset(tokenizer) -> None:
 
 def load_model(folder: str | Path, flag: str, dtype: torch.dtype = torch.float32):
     """The causal LM of a folder or hub name, on the CPU. Raises `UserError` for missing or non-finite weights."""
-    with _reading(folder, "causal language model", flag):
+    with reading(folder, "causal language model", flag):
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
@@ -148,7 +148,7 @@ def load_model(folder: str | Path, flag: str, dtype: torch.dtype = torch.float32
 
 def new_model(folder: str | Path, flag: str, dtype: torch.dtype = torch.float32):
     """A causal LM with random weights from the config of a folder or hub name."""
-    with _reading(folder, "config of a causal language model", flag):
+    with reading(folder, "config of a causal language model", flag):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return _neutral(model)
@@ -190,12 +190,6 @@ def save_trained(trainer, prompt_template: str | Path, folder: str | Path, setti
         if trainer.accelerator.is_main_process:
             model = model.merge_and_unload() if isinstance(model, PeftModel) else model
             save(model, trainer.processing_class, prompt_template, folder, settings)
-
-
-def save_log(trainer, folder: str | Path) -> None:
-    """Write all that a trainer has logged as `LOG`, a JSON object per line, with the step of each."""
-    with atomic_file(Path(folder) / LOG) as f:
-        f.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
 
 
 def save(model, tokenizer, prompt_template: str | Path, folder: str | Path, settings: Settings) -> None:

@@ -3,6 +3,7 @@
 import torch
 from transformers import TrainingArguments
 
+from minionerec.common.console import say
 from minionerec.common.errors import UserError
 from minionerec.language_model.batches import EpochOrder, Lines
 
@@ -18,28 +19,32 @@ def memory_estimate(model, lines: Lines, micro_batch_size: int, bf16: bool, chec
     it is one hidden vector per layer, and one full layer.
     logits: three float32 arrays (answer tokens, vocabulary): the logits, their float copy and its gradient.
 
-    `benchmarks.sft_step` prints estimate and peak.
+    `benchmarks.sft_step` prints estimate and peak, `minionerec.language_model.estimate` the estimate for any model.
     """
+    longest = sorted(lines.lengths.tolist(), reverse=True)[:micro_batch_size]
+    if lines.packed:
+        answers = int(max(lines.rows.answer[rows].sum() for rows in lines.rows_of)) * micro_batch_size
+    else:
+        answers = int(lines.rows.answer.max()) * micro_batch_size
+    return memory_of_step(model, max(longest) * len(longest), answers, bf16, checkpointing)
+
+
+def memory_of_step(model, tokens: int, answers: int, bf16: bool, checkpointing: bool) -> dict[str, int]:
+    """`memory_estimate` for a forward pass of so many tokens, padding included, of which `answers` have logits."""
     config = model.config.get_text_config()
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    longest = sorted(lines.lengths.tolist(), reverse=True)[:micro_batch_size]
-    tokens = max(longest) * len(longest)
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     layer = tokens * (8 * hidden + 4 * inner)
     layers = config.num_hidden_layers
     kept = layers * tokens * hidden + layer if checkpointing else layers * layer
-    if lines.packed:
-        answers = int(max(lines.rows.answer[rows].sum() for rows in lines.rows_of)) * micro_batch_size
-    else:
-        answers = int(lines.rows.answer.max()) * micro_batch_size
     logits = 3 * 4 * answers * model.get_output_embeddings().weight.shape[0]
     return {"state": 4 * parameters + 12 * trained, "activations": kept * (2 if bf16 else 4), "logits": logits}
 
 
 def check_and_print(model, new_ids: list[int], lines: Lines, order: EpochOrder, args: TrainingArguments) -> None:
-    """Print parameters, rows, tokens, steps, padding and memory, on the first process.
+    """Print parameters, rows, tokens, steps, padding and memory.
 
     Raises `UserError` where a row is longer than the model's positions, or weights and optimizer state exceed the
     device's memory.
@@ -59,13 +64,13 @@ def check_and_print(model, new_ids: list[int], lines: Lines, order: EpochOrder, 
                 f"weights, gradients and optimizer state need {bytes_of['state'] / GIB:.0f} GiB, the device has "
                 f"{room / GIB:.0f}; use --use_lora True, --freeze_LLM True, or ZeRO-3 (ACCELERATE_CONFIG=config/zero3.yaml)"
             )
-    if args.process_index:
-        return
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     memory = ", ".join(f"{name} {size / GIB:.2f}" for name, size in bytes_of.items())
-    print(
-        f"{parameters:,} parameters, {trained:,} trained, {len(new_ids)} new tokens; {len(lines.rows.answer):,} rows in "
-        f"{len(lines):,} lines, {lines.lengths.sum():,} tokens and {len(order) // order.batch_size:,} steps an epoch, "
-        f"{order.padding_share(args.per_device_train_batch_size):.1%} padding; memory of one device, estimated, GiB: {memory}"
+    say(f"{parameters:,} parameters, {trained:,} trained, {len(new_ids)} new tokens")
+    say(
+        f"{len(lines.rows.answer):,} rows in {len(lines):,} lines, {lines.lengths.sum():,} tokens, "
+        f"{len(order) // order.batch_size:,} steps an epoch, "
+        f"{order.padding_share(args.per_device_train_batch_size):.1%} padding"
     )
+    say(f"memory of one device, estimated, GiB: {memory}")

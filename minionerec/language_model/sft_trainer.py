@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.trainer_utils import speed_metrics
 
+from minionerec.common.console import duration, say
 from minionerec.common.errors import UserError
 from minionerec.common.processes import on_main_process
 from minionerec.decoding.lm_head import LMHead
@@ -113,12 +114,14 @@ class TimeBudget(TrainerCallback, ExportableState):
         # the first process decides for all: clocks differ, and one that stops alone leaves the others waiting
         elapsed = on_main_process(lambda: self.spent + time.monotonic() - self.started)
         self.share = min(1.0, elapsed / self.seconds)
-        if state.global_step - self.first_step == self.MEASURED and state.is_world_process_zero:
+        if state.global_step - self.first_step == self.MEASURED:
             total = elapsed + (time.monotonic() - self.started) / self.MEASURED * (state.max_steps - state.global_step)
-            print(f"training ends in about {total:.0f} s, evaluations not counted; --time_budget {self.seconds:.0f} s")
+            say(
+                f"{state.max_steps} steps take about {duration(total)} without evaluations; --time_budget "
+                f"{self.seconds:.0f}: {duration(self.seconds)}"
+            )
         if elapsed > self.seconds and state.global_step < state.max_steps:
-            if state.is_world_process_zero:
-                print(f"--time_budget {self.seconds:.0f}: training ends after {state.global_step} steps")
+            say(f"--time_budget {self.seconds:.0f}: training ends after {state.global_step} steps")
             control.should_training_stop = control.should_evaluate = control.should_save = True
 
     def state(self) -> dict:
@@ -156,6 +159,7 @@ class SFTTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, compute_loss_func=self._loss, **kwargs)
+        self.remove_callback(PrinterCallback)  # it prints every figure
         self.order, self.validation = order, validation
         self.answer_logits = AnswerLogits(self.model, sids, smoothing)
         self.average = MovingAverage(self.model, average) if average else None

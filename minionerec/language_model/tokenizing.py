@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from minionerec.catalog.sids import SID_TOKEN
+from minionerec.common.console import say
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file
 
@@ -211,7 +212,7 @@ def tokenize_cached(pairs: Sequence[Pair], tokenizer, suffix: str, separator: st
     path = Path(cache_dir) / f"{digest.hexdigest()}.npz"
     if path.exists():
         with np.load(path, allow_pickle=False) as stored:
-            print(f"{len(pairs):,} rows as tokens from {path}")
+            say(f"{len(pairs):,} rows as tokens from {path}")
             return Rows(**stored)
     rows = tokenize(pairs, tokenizer, suffix, separator)
     with atomic_file(path, "wb") as f:

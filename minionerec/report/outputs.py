@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from minionerec.common import runs
+from minionerec.common.tracking import LOG_FILE
 
 if TYPE_CHECKING:
     import polars as pl
@@ -55,7 +56,7 @@ class Output:
     def logs(self) -> dict[str, list[dict]]:
         """{training: what it has logged}."""
         return {
-            path.parent.name: read_log(path) for path in sorted(self.folder.glob(f"*/{runs.LOG}")) if is_current(path)
+            path.parent.name: read_log(path) for path in sorted(self.folder.glob(f"*/{LOG_FILE}")) if is_current(path)
         }
 
     @cached_property

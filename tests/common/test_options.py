@@ -61,7 +61,7 @@ def variables(monkeypatch):
 
 def test_roles():
     assert {field.name: role_of(field) for field in fields(Options) if role_of(field) != SETTING} == {
-        "overwrite": "runtime", "train_file": "input", "output_dir": "output",
+        "overwrite": "runtime", "verbose": "runtime", "quiet": "runtime", "train_file": "input", "output_dir": "output",
     }  # fmt: skip
 
 

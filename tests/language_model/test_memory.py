@@ -25,12 +25,13 @@ def test_rows_longer_than_the_positions_are_refused():
         check_and_print(random_model("gpt2"), [], Lines(rows_of([300])), SimpleNamespace(), arguments())
 
 
-def test_the_first_line_says_what_a_run_costs(capsys):
+def test_the_first_lines_say_what_a_run_costs(capsys, monkeypatch):
     model = train_new_rows(random_model("qwen2"), list(range(100, 120)), "base")
     lines = Lines(random_rows())
     check_and_print(model, list(range(20)), lines, EpochOrder(lines.lengths, 8, 0, by_length=True), arguments())
     printed = capsys.readouterr().out
-    assert f"{20 * 32} trained, 20 new tokens; 21 rows in 21 lines, {lines.lengths.sum()} tokens and 3 steps" in printed
+    assert f"{20 * 32} trained, 20 new tokens\n21 rows in 21 lines, {lines.lengths.sum()} tokens, 3 steps" in printed
+    monkeypatch.setenv("RANK", "1")
     check_and_print(model, [], lines, EpochOrder(lines.lengths, 8, 0, by_length=True), arguments(process_index=1))
     assert capsys.readouterr().out == ""
 

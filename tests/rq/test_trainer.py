@@ -33,6 +33,7 @@ def test_reconstruction_error_falls(embedding_file, tmp_path):
         "best_loss.safetensors",
         "config.json",
         "epoch_80.safetensors",
+        "log.jsonl",
         "result.json",
         "run.json",
     ]
