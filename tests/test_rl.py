@@ -297,7 +297,7 @@ def test_sft_rl_and_evaluation_ask_the_same(options, world, policy, base_model, 
     with pytest.raises(Killed):
         rl.main(options(**files, train_rows=-1))
 
-    def prompts_of(process, model, tokenizer, trie, prompts, *_, **__):
+    def prompts_of(process, engine, tokenizer, prompts, *_, **__):
         return prompts
 
     monkeypatch.setattr(predictions, "predict", record("evaluation", prompts_of))
