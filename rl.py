@@ -25,6 +25,7 @@ from minionerec.common import model_card, runs
 from minionerec.common.errors import UserError
 from minionerec.common.options import INPUT, OUTPUT, RUNTIME, StageOptions, option, run
 from minionerec.common.processes import on_main_process
+from minionerec.decoding.backends import BACKENDS, require_vllm
 from minionerec.decoding.spaces import SPACES
 from minionerec.language_model.file_names import CHECKPOINT_FILES
 
@@ -70,6 +71,16 @@ class Options(StageOptions):
     top_p: float = option(1.0, "nucleus sampling threshold (top-p), with --beam_search False")
     dynamic_sampling: bool = option(False, "draw 1.5 x num_generations; keep the target first, then distinct others")
     add_gt: bool = option(False, "replace the last completion by the target if the group does not contain it")
+    rollout: str = option(
+        "transformers", "what generates the groups: transformers (tree search) or vllm (docs/vllm.md)"
+    )
+    vllm_gpu_memory_utilization: float = option(
+        0.3, "share of each GPU's memory for vLLM's weights and cache", role=RUNTIME
+    )
+    vllm_enable_sleep_mode: bool = option(
+        False, "vLLM gives its GPU memory back while the model is trained", role=RUNTIME
+    )
+    vllm_tensor_parallel_size: int = option(1, "GPUs of one vLLM engine; more than 1 is not supported", role=RUNTIME)
     # ---- rewards
     reward_type: str = option(
         "ranking",
@@ -166,6 +177,9 @@ def check(options: Options) -> None:
         gspo=(not vespo, "False: vespo has a sequence-level ratio"),
         epsilon=(0 < options.epsilon < 1, "more than 0 and below 1"),
         epsilon_high=(options.epsilon_high >= 0, "at least 0"),
+        rollout=(options.rollout in BACKENDS, " or ".join(BACKENDS)),
+        vllm_gpu_memory_utilization=(0 < options.vllm_gpu_memory_utilization < 1, "more than 0 and below 1"),
+        vllm_tensor_parallel_size=(options.vllm_tensor_parallel_size == 1, "1: an engine in each process"),
         scale_rewards=(options.scale_rewards in SCALES, f"one of {', '.join(SCALES)}"),
         ref_model_mixup_alpha=(0 <= options.ref_model_mixup_alpha <= 1, "0 to 1"),
         metric_for_best_model=(
@@ -187,6 +201,8 @@ def check(options: Options) -> None:
     )
     if options.report_to == "tensorboard" and not any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))):
         raise UserError("--report_to tensorboard: the package is not installed; pip install tensorboard")
+    if options.rollout == "vllm":
+        require_vllm("rollout")
     parse_rl_tasks(options.rl_tasks)
     check_files(options.reward_type, options.reward_module, options.ada_path, options.baseline_path)
     check_batch(options)
@@ -410,6 +426,26 @@ def build_trainer(options: Options, settings, data, protocol: str, rewards: list
         raise UserError(f"--lora_target_modules {options.lora_target_modules}: {first_line(error)}") from None
 
 
+def start_rollout(options: Options, trainer) -> None:
+    """Start vLLM in this process if it generates the groups. The trainer hands it the weights."""
+    if options.rollout != "vllm":
+        return
+    import torch
+
+    from minionerec.decoding.engine import vllm_engine
+
+    trainer.rollout = vllm_engine(
+        options.model_path,
+        trainer.trie,
+        trainer.processing_class,
+        options.space,
+        dtype=torch.bfloat16 if trainer.args.bf16 else torch.float32,
+        load=False,
+        memory=options.vllm_gpu_memory_utilization,
+        sleep=options.vllm_enable_sleep_mode,
+    )
+
+
 def save_best(options: Options, trainer, prompts, settings) -> None:
     """Write the weights with the best validation metric and print that metric. Every process calls it."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -452,6 +488,7 @@ def main(options: Options) -> None:
     prompts = prompts_of(options, settings)
     resume = resume_point(options.output_dir, options.resume_from_checkpoint, record.resume)
     trainer = build_trainer(options, settings, data, protocol, rewards, prompts, resume)
+    start_rollout(options, trainer)
     trainer.train(resume_from_checkpoint=resume)
     save_best(options, trainer, prompts, settings)
     if trainer.args.process_index == 0:
