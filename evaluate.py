@@ -174,7 +174,7 @@ def load_engine(options: Options, device, catalog, space: str):
             f"--max_new_tokens {options.max_new_tokens}: the catalog's SIDs have up to {trie.depth} tokens; raise it"
         )
     if options.backend == "vllm":
-        return vllm_engine(options.base_model, trie, tokenizer, space, dtype=dtype), tokenizer
+        return vllm_engine(options.base_model, trie, tokenizer.eos_token_id, space, dtype=dtype), tokenizer
     # To "cpu", not a rank's "cpu:0": that copies weights to another alignment, and sums round differently.
     device = device if device.type != "cpu" else torch.device("cpu")
     model = load_model(options.base_model, "base_model", dtype).to(device)

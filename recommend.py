@@ -222,7 +222,7 @@ class Recommender:
         tokenizer = load_tokenizer(self.options.base_model, "base_model")
         trie, space = self.catalog.trie(tokenizer), self.settings.space
         if self.options.backend == "vllm":
-            return vllm_engine(self.options.base_model, trie, tokenizer, space, dtype=dtype), tokenizer
+            return vllm_engine(self.options.base_model, trie, tokenizer.eos_token_id, space, dtype=dtype), tokenizer
         model = load_model(self.options.base_model, "base_model", dtype).to(device)
         return TransformersEngine(model, trie.to(device), tokenizer.pad_token_id, space), tokenizer
 

@@ -437,7 +437,7 @@ def start_rollout(options: Options, trainer) -> None:
     trainer.rollout = vllm_engine(
         options.model_path,
         trainer.trie,
-        trainer.processing_class,
+        trainer.processing_class.eos_token_id,
         options.space,
         dtype=torch.bfloat16 if trainer.args.bf16 else torch.float32,
         load=False,

@@ -254,7 +254,7 @@ def runnable_blocks() -> list:
                 "output/quickstart" in block
                 and started
                 and set(started) <= RUNNABLE
-                and not re.search(r"…|<\w|NNODES|my_", block)
+                and not re.search(r"…|<\w|NNODES|my_|vllm", block)  # vLLM: test_vllm.py
             ):
                 blocks.append(pytest.param(block, id=f"{name_of(page)}-{number}"))
     return blocks

