@@ -597,7 +597,8 @@ def assert_weights_in_vllm(engine, model) -> None:
     for name, weight in found.items():
         fused = next((fused for fused in parts if f".{fused}." in name), None)
         names = [name.replace(fused, part) for part in parts[fused]] if fused else [name]
-        torch.testing.assert_close(weight, torch.cat([expected[each] for each in names]), atol=1e-6, rtol=0)
+        whole = torch.cat([expected[each] for each in names])
+        torch.testing.assert_close(weight[: len(whole)], whole, atol=1e-6, rtol=0)  # vLLM pads the vocabulary
 
 
 @pytest.mark.vllm
