@@ -586,13 +586,22 @@ def test_a_moved_reference_is_restored_under_deepspeed(world, start, tmp_path, c
 # ------------------------------------------------------------------------------------------------ vLLM
 
 
+def weights_in_vllm(own) -> dict[str, torch.Tensor]:
+    """The weights of vLLM's model; those that a CPU has packed are read off the layer's outputs for unit vectors."""
+    found = {name: parameter.detach().clone() for name, parameter in own.named_parameters()}
+    for name, layer in own.named_modules():
+        if f"{name}.weight" in found and not found[f"{name}.weight"].numel():
+            found[f"{name}.weight"] = layer.quant_method.apply(layer, torch.eye(layer.input_size)).T.clone()
+    return found
+
+
 def assert_weights_in_vllm(engine, model) -> None:
     """vLLM holds the trainer's weights, those of the fused layers one below the other."""
     from minionerec.language_model.adapters import merged_weights
 
     expected = {name: weight.clone() for name, weight in merged_weights(model)}
     parts = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-    [found] = engine.llm.apply_model(lambda own: {name: p.detach().clone() for name, p in own.named_parameters()})
+    [found] = engine.llm.apply_model(weights_in_vllm)
     assert any("qkv_proj" in name for name in found)
     for name, weight in found.items():
         fused = next((fused for fused in parts if f".{fused}." in name), None)

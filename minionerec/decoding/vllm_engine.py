@@ -247,10 +247,9 @@ class VLLMEngine:
             sid = [token for token in output.token_ids if token != self.end_token]
             tokens[place, : len(sid)] = torch.tensor(sid)
             score[place] = sum(output.logprobs.logprobs[: len(sid)])
+        refuse_broken(score.isfinite().sum(), torch.tensor(len(outputs)))
         row = self.trie.leaf[self.trie.walk(tokens)[:, -1]]
-        row, score = row.view(len(prompts), -1), score.view(len(prompts), -1)
-        refuse_broken((score.isfinite() & (row >= 0)).sum(1), torch.tensor(num_samples))
-        return Beams(row.to(self.device), score.to(self.device))
+        return Beams(*(values.view(len(prompts), -1).to(self.device) for values in (row, score)))
 
     def sync(self, weights) -> None:
         with torch.no_grad(), _process_state():
