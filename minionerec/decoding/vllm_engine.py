@@ -218,7 +218,8 @@ class VLLMEngine:
         found = []
         for excluded in exclusions:
             frontier = _Frontier(self, prompts, excluded or [()] * len(prompts), num_beams, temperature)
-            beams = search(frontier, without(self.trie, excluded), len(prompts), num_beams, length_penalty)
+            with self._awake():
+                beams = search(frontier, without(self.trie, excluded), len(prompts), num_beams, length_penalty)
             found.append(Beams(*(values.to(self.device) for values in beams)))
         return found
 
@@ -240,7 +241,8 @@ class VLLMEngine:
             )
             for prompt, own in enumerate(seeds)
         ]
-        outputs = [output for request in self._generate(prompts, requests) for output in request.outputs]
+        with self._awake():
+            outputs = [output for request in self._generate(prompts, requests) for output in request.outputs]
         tokens = torch.full((len(outputs), self.trie.depth), -1)
         score = torch.zeros(len(outputs))
         for place, output in enumerate(outputs):
@@ -272,13 +274,17 @@ class VLLMEngine:
 
     def _generate(self, prompts: Sequence[Sequence[int]], requests: list[SamplingParams]) -> list:
         with _process_state():
-            if self.sleeps:
-                self.llm.wake_up()
             prompts = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-            found = self.llm.generate(prompts, requests, use_tqdm=False)
-            if self.sleeps:
-                self.llm.sleep(level=1)
-        return found
+            return self.llm.generate(prompts, requests, use_tqdm=False)
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """The GPU memory is vLLM's; with `sleep` it is given back at the end."""
+        if self.sleeps:
+            self.llm.wake_up()
+        yield
+        if self.sleeps:
+            self.llm.sleep(level=1)
 
 
 PLAIN = {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
