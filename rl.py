@@ -426,26 +426,6 @@ def build_trainer(options: Options, settings, data, protocol: str, rewards: list
         raise UserError(f"--lora_target_modules {options.lora_target_modules}: {first_line(error)}") from None
 
 
-def start_rollout(options: Options, trainer) -> None:
-    """Start vLLM in this process if it generates the groups. The trainer hands it the weights."""
-    if options.rollout != "vllm":
-        return
-    import torch
-
-    from minionerec.decoding.engine import vllm_engine
-
-    trainer.rollout = vllm_engine(
-        options.model_path,
-        trainer.trie,
-        trainer.processing_class.eos_token_id,
-        options.space,
-        dtype=torch.bfloat16 if trainer.args.bf16 else torch.float32,
-        load=False,
-        memory=options.vllm_gpu_memory_utilization,
-        sleep=options.vllm_enable_sleep_mode,
-    )
-
-
 def save_best(options: Options, trainer, prompts, settings) -> None:
     """Write the weights with the best validation metric and print that metric. Every process calls it."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -480,6 +460,7 @@ def main(options: Options) -> None:
     if record.complete:
         return
 
+    from minionerec.decoding.rollout import start_rollout
     from minionerec.language_model.checkpoints import remove_checkpoints, resume_point, save_log
 
     settings = settings_of(options)
