@@ -21,6 +21,7 @@ from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file, read_json, write_json
 from minionerec.common.options import INPUT, OUTPUT, RUNTIME, StageOptions, is_number, option, run
 from minionerec.common.processes import on_main_process
+from minionerec.decoding.backends import BACKENDS, require_vllm
 from minionerec.decoding.spaces import SPACES
 from minionerec.evaluation.metrics import format_table
 
@@ -47,6 +48,7 @@ class Options(StageOptions):
         "", "what scores are normalised over, vocab or catalog; default: as the checkpoint was trained",
         aliases=["--logp_space"],
     )  # fmt: skip
+    backend: str = option("transformers", "what searches: transformers (tree search), or vllm (docs/vllm.md)")
     unseen: bool = option(
         True, "also rank without the items that the user already has, by a second search", aliases=["--exclude_seen"]
     )
@@ -78,6 +80,7 @@ class Options(StageOptions):
         self.at_least(0, "max_history", "K")
         self.check(
             space=(self.space in ("", *SPACES), " or ".join(SPACES)),
+            backend=(self.backend in BACKENDS, " or ".join(BACKENDS)),
             dtype=(self.dtype in ("", *DTYPES), " or ".join(DTYPES)),
             blend_weight=(
                 self.chooses_weights
@@ -155,39 +158,42 @@ def read(options: Options):
     return settings, data, drawn(data.test, options.test_rows, options.seed)
 
 
-def load_model_and_tokenizer(options: Options, device):
-    """The model in `options.dtype`, and its tokenizer."""
+def load_engine(options: Options, device, catalog, space: str):
+    """(the engine of `options.backend` for the catalog, the model in `options.dtype`; the tokenizer)"""
     import torch
 
     from minionerec.common.devices import device_has_bf16
+    from minionerec.decoding.engine import TransformersEngine, vllm_engine
     from minionerec.language_model.checkpoints import load_model, load_tokenizer
 
     options.dtype = options.dtype or ("bfloat16" if device_has_bf16() else "float32")
-    # To "cpu", not a rank's "cpu:0": that copies weights to another alignment, and sums round differently.
-    device = device if device.type != "cpu" else torch.device("cpu")
-    model = load_model(options.base_model, "base_model", getattr(torch, options.dtype)).to(device)
-    return model, load_tokenizer(options.base_model, "base_model")
-
-
-def search(options: Options, process, settings, data, rows, model, tokenizer, parts: Path, resume: bool):
-    """{protocol: Predictions} for the test rows, in the main process; None in the others."""
-    from data import Prompts, next_sid_prompts, template_of
-    from minionerec.evaluation.predictions import predict
-
-    trie = data.catalog.trie(tokenizer).to(model.device)
+    dtype, tokenizer = getattr(torch, options.dtype), load_tokenizer(options.base_model, "base_model")
+    trie = catalog.trie(tokenizer)
     if options.max_new_tokens < trie.depth:
         raise UserError(
             f"--max_new_tokens {options.max_new_tokens}: the catalog's SIDs have up to {trie.depth} tokens; raise it"
         )
+    if options.backend == "vllm":
+        return vllm_engine(options.base_model, trie, tokenizer.eos_token_id, space, dtype=dtype), tokenizer
+    # To "cpu", not a rank's "cpu:0": that copies weights to another alignment, and sums round differently.
+    device = device if device.type != "cpu" else torch.device("cpu")
+    model = load_model(options.base_model, "base_model", dtype).to(device)
+    return TransformersEngine(model, trie.to(device), tokenizer.pad_token_id, space), tokenizer
+
+
+def search(options: Options, process, settings, data, rows, engine, tokenizer, parts: Path, resume: bool):
+    """{protocol: Predictions} for the test rows, in the main process; None in the others."""
+    from data import Prompts, next_sid_prompts, template_of
+    from minionerec.evaluation.predictions import predict
+
     prompts = Prompts(template_of(options.base_model, options.prompt_template), settings.category)
     exclusions = {"all": None}
     if options.unseen:
         exclusions["unseen"] = [data.catalog.rows_of(items) for items in rows["seen"].to_list()]
     return predict(
         process,
-        model,
+        engine,
         tokenizer,
-        trie,
         next_sid_prompts(rows, data.items, prompts),
         exclusions,
         parts,
@@ -196,7 +202,6 @@ def search(options: Options, process, settings, data, rows, model, tokenizer, pa
         batch_size=options.batch_size,
         batch_tokens=options.batch_tokens,
         length_penalty=options.length_penalty,
-        space=settings.space,
     )
 
 
@@ -252,6 +257,7 @@ def write(options: Options, outputs: Outputs, settings, data, rows, found: Mappi
         "test_data_path": options.test_data_path,
         "num_beams": found["all"].sid_rows.shape[1],
         "space": settings.space,
+        "backend": options.backend,
         "dtype": options.dtype,
         "illegal": sum(illegal(each.sid_rows, data.catalog) for each in found.values()),
     }
@@ -288,12 +294,12 @@ def blend_weights_of(options: Options, data, candidates, valid) -> tuple:
     return blend_weights.UserWeights((weights,)), {"weights": weights}
 
 
-def blend(options: Options, outputs: Outputs, settings, data, rows, model, tokenizer, baselines, valid) -> None:
+def blend(options: Options, outputs: Outputs, settings, data, rows, engine, tokenizer, baselines, valid) -> None:
     """Rank the test rows by the blend with `baselines`, with weights chosen on `valid`, and write metrics and ranks."""
     from data import Prompts, next_sid_prompts, template_of
     from minionerec.evaluation import blend, protocols
 
-    trie = data.catalog.trie(tokenizer).to(model.device)
+    model, trie = engine.model, engine.trie
     prompts = Prompts(template_of(options.base_model, options.prompt_template), settings.category)
 
     def candidates(rows):
@@ -336,6 +342,11 @@ def main(options: Options) -> None:
     options.require("base_model", "test_data_path", "info_file", "result_json_data")
     if options.blend_path and options.chooses_weights:
         options.require("blend_valid_file")
+    if options.backend == "vllm":
+        options.check(
+            blend_path=(not options.blend_path, "nothing with --backend vllm: a blend needs the model itself")
+        )
+        require_vllm("backend")
     outputs = Outputs.of(options.result_json_data)
     if outputs.predictions.is_dir():
         raise UserError(f"--result_json_data {outputs.predictions}: found a folder, expected the name of a file")
@@ -349,13 +360,13 @@ def main(options: Options) -> None:
     process = process or join_processes()
     settings, data, rows = read(options)
     to_blend = read_blend(options, settings, data)
-    model, tokenizer = load_model_and_tokenizer(options, process.device)
-    found = search(options, process, settings, data, rows, model, tokenizer, outputs.parts, record.resume)
+    engine, tokenizer = load_engine(options, process.device, data.catalog, settings.space)
+    found = search(options, process, settings, data, rows, engine, tokenizer, outputs.parts, record.resume)
     if not process.is_main_process:
         return
     write(options, outputs, settings, data, rows, found)
     if options.blend_path:
-        blend(options, outputs, settings, data, rows, model, tokenizer, *to_blend)
+        blend(options, outputs, settings, data, rows, engine, tokenizer, *to_blend)
     record.record["processes"] = process.num_processes
     model_card.add_test(Path(options.base_model), read_json(outputs.metrics, "result_json_data"))
     record.finish()

@@ -23,6 +23,7 @@ SPACE=${SPACE:-}                 # vocab or catalog
 
 # ---- search
 NUM_BEAMS=${NUM_BEAMS:-}
+BACKEND=${BACKEND:-}             # vllm: the same lists by vLLM
 UNSEEN=${UNSEEN:-}               # False: skip the protocol without the items that the user already has
 TEST_ROWS=${TEST_ROWS:-}         # rows to evaluate, drawn by SEED
 SEED=${SEED:-}

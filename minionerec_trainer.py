@@ -18,7 +18,8 @@ import copy
 import math
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +30,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler, maybe_gather_lm_head_ctx, split_tensor_dict
 
 from minionerec.catalog.catalog import Catalog
 from minionerec.common.files import require_file
-from minionerec.decoding.beam_search import beam_search, left_pad, sample
+from minionerec.decoding.engine import Engine, TransformersEngine
 from minionerec.decoding.group_log_probs import add_catalog_head, group_log_probs
 from minionerec.decoding.lm_head import unwrap_adapter
 from minionerec.decoding.tree_attention import require_tree_attention
 from minionerec.evaluation import metrics
 from minionerec.evaluation.validation import Validation, model_for_search
+from minionerec.language_model.adapters import merged_weights
 
 DRAWN = 1.5  # completions that dynamic sampling draws for each one that it keeps
 MEAN_OVER_ROWS = ("grpo", "sapo", "dr_grpo", "luspo")  # losses of TRL that divide by rows, masked ones included
@@ -123,6 +126,9 @@ class ReReTrainer(GRPOTrainer):
     keep_recall: a checkpoint cannot become the best one if its HR at the largest K that is measured is below that of the
         first evaluation by more than the paired 95 % interval.
 
+    `rollout`, None at first, can be set to another engine that generates the groups: it gets the weights whenever they
+    have changed.
+
     docs/rl.md lists what is logged in addition to TRL's metrics.
     """
 
@@ -163,6 +169,8 @@ class ReReTrainer(GRPOTrainer):
         self.keep_recall = keep_recall
         self._start_hits: np.ndarray | None = None  # (rows,) of the first evaluation, at the largest K
         self._loses_recall = False
+        self.rollout: Engine | None = None
+        self._synced_step: int | None = None  # the step whose weights `rollout` has
         self.aux_loss_enabled = False  # the load-balancing loss of experts cannot read a tree mask
         self._rows: list[int] = []  # of the batch's completions
         self._targets: list[int] = []  # of the batch's targets
@@ -200,15 +208,12 @@ class ReReTrainer(GRPOTrainer):
         started = self._now()
         prompts = prompt_ids[::num_generations]
         targets = torch.tensor(self._targets[::num_generations], device=self.accelerator.device)[:, None]
-        ids, mask = left_pad(prompts, self.processing_class.pad_token_id, self.accelerator.device)
-        with model_for_search(self) as model:
-            was_training = model.training
-            model.eval()
-            rows = self._draw(model, ids, mask, targets)  # (prompts, group)
-            if self.test_beams:
-                tested = beam_search(model, self.trie, ids, mask, self.test_beams, space=self.space).row
-                self._log_ranks("test", tested, targets)
-            model.train(was_training)
+        with self._rollout_engine() as engine:
+            rows = self._draw(engine, prompts, targets)  # (prompts, group)
+        if self.test_beams:
+            with self._own_engine() as engine:
+                [tested] = engine.beam_search(prompts, self.test_beams)
+            self._log_ranks("test", tested.row, targets)
         self._log_group(rows, targets)
         if self.add_gt:
             missed = ~(rows == targets).any(dim=1)
@@ -217,17 +222,35 @@ class ReReTrainer(GRPOTrainer):
         self._seconds["generation"] += self._now() - started
         return [self.completion_of_row[row] for row in self._rows], None
 
-    def _draw(self, model, ids: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    @contextmanager
+    def _own_engine(self) -> Iterator[Engine]:
+        """Tree search over the model that is trained."""
+        with model_for_search(self) as model:
+            yield TransformersEngine(model, self.trie, self.processing_class.pad_token_id, self.space)
+
+    @contextmanager
+    def _rollout_engine(self) -> Iterator[Engine]:
+        """The engine that generates the groups, with the current weights."""
+        if self.rollout is None:
+            with self._own_engine() as engine:
+                yield engine
+            return
+        if self._synced_step != self.state.global_step:
+            with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:  # gathers ZeRO-3
+                self.rollout.sync(merged_weights(model))
+            self._synced_step = self.state.global_step
+        yield self.rollout
+
+    def _draw(self, engine: Engine, prompts: list[list[int]], targets: torch.Tensor) -> torch.Tensor:
         """The groups of some prompts as rows of the catalog's SIDs, most probable first: (prompts, group)."""
         drawn = math.ceil(DRAWN * self.num_generations) if self.dynamic_sampling else self.num_generations
         if self.beams:
-            rows = beam_search(model, self.trie, ids, mask, drawn, self.temperature, space=self.space).row
+            rows = engine.beam_search(prompts, drawn, temperature=self.temperature)[0].row
         else:
             # Seeded by the step, not by earlier draws: a resumed run draws what an unbroken one draws.
             step = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
-            generator = torch.Generator(self.accelerator.device).manual_seed(self.args.seed + 1_000_003 * step)
-            draw = {"temperature": self.temperature, "top_p": self.top_p, "space": self.space}
-            found = sample(model, self.trie, ids, mask, drawn, **draw, generator=generator)
+            draw = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.args.seed + 1_000_003 * step}
+            found = engine.sample(prompts, drawn, **draw)
             # By row within equal scores, so that copies of one SID are neighbours.
             order = found.row.argsort(dim=1, stable=True)
             order = order.gather(1, found.score.gather(1, order).argsort(dim=1, descending=True, stable=True))

@@ -29,6 +29,7 @@ from minionerec.common import runs
 from minionerec.common.errors import UserError
 from minionerec.common.options import INPUT, RUNTIME, StageOptions, is_number, option, run
 from minionerec.common.text import json_line, printable
+from minionerec.decoding.backends import BACKENDS, require_vllm
 from minionerec.decoding.spaces import SPACES
 
 EXAMPLE = 'an object like {"history": [49, "alien"]}'
@@ -59,6 +60,9 @@ class Options(StageOptions):
     prompt_template: str = option("", "wording of the prompts; default: the checkpoint's prompt.yaml", role=INPUT)
     space: str = option("", "what scores are normalised over, vocab or catalog; default: as the checkpoint was trained")
     num_beams: int = option(0, "beams; 0: max(50, K)")
+    backend: str = option(
+        "transformers", "what searches: transformers (tree search), or vllm (docs/vllm.md)", role=RUNTIME
+    )
     blend_path: list[str] = option(
         [], "folders of sasrec.sh: rank by the weighted sum of the models' log-probabilities", role=INPUT
     )
@@ -79,6 +83,11 @@ class Options(StageOptions):
                 or len(self.blend_weight) == len(self.blend_path)
                 and all(map(is_number, self.blend_weight)),
                 f"{len(self.blend_path)} numbers, one for each --blend_path, a .json file of evaluate.py, or nothing",
+            ),
+            backend=(self.backend in BACKENDS, " or ".join(BACKENDS)),
+            blend_path=(
+                not (self.blend_path and self.backend == "vllm"),
+                "nothing with --backend vllm: a blend needs the model itself",
             ),
             num_beams=(not 0 < self.num_beams < self.K, f"at least --K {self.K}, or 0"),
             jsonl=(not (self.jsonl and self.history), "False with --history; with --jsonl give histories on stdin"),
@@ -199,26 +208,30 @@ class Recommender:
 
     @cached_property
     def loaded(self) -> tuple:
-        """(model, tokenizer, trie), loaded on first use, so that a history that names nothing is refused before."""
+        """(engine, tokenizer), loaded on first use, so that a history that names nothing is refused before."""
         import torch
         from transformers.utils.logging import disable_progress_bar
 
         from minionerec.common.devices import device_has_bf16
+        from minionerec.decoding.engine import TransformersEngine, vllm_engine
         from minionerec.language_model.checkpoints import load_model, load_tokenizer
 
         disable_progress_bar()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device_has_bf16() else torch.float32
         tokenizer = load_tokenizer(self.options.base_model, "base_model")
+        trie, space = self.catalog.trie(tokenizer), self.settings.space
+        if self.options.backend == "vllm":
+            return vllm_engine(self.options.base_model, trie, tokenizer.eos_token_id, space, dtype=dtype), tokenizer
         model = load_model(self.options.base_model, "base_model", dtype).to(device)
-        return model, tokenizer, self.catalog.trie(tokenizer).to(device)
+        return TransformersEngine(model, trie.to(device), tokenizer.pad_token_id, space), tokenizer
 
     def __call__(self, histories: Sequence[Sequence[int]]) -> list[list[dict]]:
         """For each history the best K items, as `{"item_id", "title", "sid", "score"}`."""
         import polars as pl
 
         from data import next_sid_prompts
-        from minionerec.decoding.beam_search import recommend
+        from minionerec.decoding.engine import recommend
 
         options = self.options
         hidden = [self._hidden(history) for history in histories]
@@ -231,7 +244,6 @@ class Recommender:
             texts,
             options.num_beams or max(50, options.K),
             options.batch_size,
-            space=self.settings.space,
             excluded=[self.catalog.rows_of(items) for items in hidden] if any(hidden) else None,
         )
         return [self._expand(*row) for row in zip(sid_rows, scores, hidden, strict=True)]
@@ -250,7 +262,8 @@ class Recommender:
         from minionerec.evaluation import blend
 
         options, count = self.options, self.options.num_beams or max(50, self.options.K)
-        arguments = (*self.loaded, texts, histories, self.baselines, self.catalog)
+        engine, tokenizer = self.loaded
+        arguments = (engine.model, tokenizer, engine.trie, texts, histories, self.baselines, self.catalog)
         found = blend.collect(*arguments, count=count, hidden=[sorted(items) for items in hidden])["unseen"]
         total = blend.blended(found, self.weights.of(found))
         best = np.argsort(-total, axis=1, kind="stable")[:, : options.K]
@@ -390,6 +403,8 @@ def serve(recommender: Recommender) -> None:
 def main(options: Options) -> None:
     options.require("base_model", "info_file")
     runs.require_finished(options.base_model)
+    if options.backend == "vllm":
+        require_vllm("backend")
     with redirect_stdout(sys.stderr) if options.jsonl else nullcontext():  # stdout is for answers
         recommender = Recommender(options)
     if options.jsonl:

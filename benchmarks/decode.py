@@ -1,13 +1,15 @@
 """Constrained decoding: users per second of `transformers`' beam search and of ours in both spaces, side by side.
 
     python -m benchmarks.decode                       # two catalogs at 10, 50 and 200 beams
-    python -m benchmarks.decode --beams 50 --json     # the four ratios, as JSON in the last line
+    python -m benchmarks.decode --beams 50 --json     # the ratios, as JSON in the last line
+    python -m benchmarks.decode --vllm                # vLLM too (docs/vllm.md)
 
 A Qwen2 of 45 million random weights (hidden 256, 6 layers, vocabulary 152,204), prompts of 97 tokens, 8 per batch. The
 SIDs are random, three levels of 256 codes. Each round times every search once, one after the other, so that other work on the
 machine slows all of them; figures are medians over rounds. `transformers` is slow, so it is timed on fewer prompts and
 rounds (`--hf_prompts`, `--hf_rounds`), with the small catalog and up to 50 beams. The floor is the prompts' forward
-with the logits of the last position, which every search needs.
+with the logits of the last position, which every search needs. vLLM searches in the catalog's space, the small catalog,
+with its cache of earlier prompts emptied before each call.
 """
 
 import json
@@ -28,6 +30,7 @@ from benchmarks.shared import (
     random_model,
     random_sids,
     transformers_search,
+    vllm_engine_of,
 )
 from minionerec.catalog.trie import Trie
 from minionerec.common.devices import pick_device
@@ -49,6 +52,7 @@ class Options:
     hf_prompts: int = option(4, "prompts per batch for transformers' search; 0: skip it")
     hf_rounds: int = option(1, "rounds of transformers' search")
     hf_beams: int = option(50, "the most beams that transformers' search is timed with")
+    vllm: bool = option(False, "also time vLLM")
     threads: int = option(0, "CPU threads; 0: torch's default")
     json: bool = option(False, "print the ratios as JSON in the last line")
 
@@ -110,6 +114,14 @@ def main(options: Options) -> None:
                 work[space, size, beams] = lambda trie=trie, beams=beams, space=space: beam_search(
                     model, trie, ids, mask, beams, space=space
                 )
+    if options.vllm:
+        engine, prompts = vllm_engine_of(model, tries[small], dtype), ids.tolist()
+
+        def by_vllm(beams: int) -> None:
+            engine.llm.reset_prefix_cache()
+            engine.beam_search(prompts, beams)
+
+        work |= {("vllm", small, beams): lambda beams=beams: by_vllm(beams) for beams in beam_numbers}
     taken = {key: value / options.batch_size for key, value in seconds(work, options.rounds, device).items()}
     floor = taken.pop("prompt")
     if options.hf_prompts:
@@ -141,6 +153,8 @@ def main(options: Options) -> None:
         "catalog_over_prompt_forward": round(own["catalog"] / floor, 3),
         "million_over_small": round(taken["catalog", large, beams] / own["catalog"], 3),
     }
+    if options.vllm:
+        result["catalog_ratio_to_vllm"] = round(taken["vllm", small, beams] / own["catalog"], 2)
     if options.json:
         print(json.dumps(result))
 

@@ -11,6 +11,7 @@ the policy's forward and backward, and AdamW, on a Qwen2 of 45 million random we
 - logits: the same search; rows one by one with logits of only the completion's positions and a softmax over them, as
   TRL made them before its fused head.
 - vocab, catalog: `beam_search` and `group_log_probs`, each prompt encoded once.
+- vllm, if it is among `--sides`: as catalog, with beams from vLLM, which gets the weights in each step (docs/vllm.md).
 
 Each side is a process. The processes take turns, one step each, so that other work on the machine slows all of them.
 Times are medians over rounds after one round of warm-up. Memory is the process's peak (resident set, or allocated on the
@@ -43,6 +44,7 @@ from benchmarks.shared import (
     random_model,
     random_sids,
     transformers_search,
+    vllm_engine_of,
 )
 from minionerec.catalog.trie import Trie
 from minionerec.common.devices import pick_device
@@ -52,6 +54,7 @@ from minionerec.decoding.beam_search import beam_search
 from minionerec.decoding.group_log_probs import add_catalog_head, group_log_probs
 
 SIDES = ("trl", "logits", "vocab", "catalog")
+OPTIONAL = "vllm"
 PLAIN = SIDES[:2]
 PARTS = ("generation", "reference", "policy", "optimizer")
 BETA = 0.04
@@ -67,7 +70,7 @@ class Options:
     items: int = option(3686, "SIDs of the catalog")
     vocabulary: int = option(VOCABULARY, VOCABULARY_HELP)
     rounds: int = option(3, "rounds of which the median is taken")
-    sides: str = option(",".join(SIDES), "which sides, separated by commas")
+    sides: str = option(",".join(SIDES), f"which sides, separated by commas; {OPTIONAL} is one more")
     threads: int = option(0, "CPU threads; 0: torch's default")
     json: bool = option(False, "print the ratios as JSON in the last line")
     side: str = option("", "internal: be the process of this side, one step per line of standard input")
@@ -77,8 +80,9 @@ class Options:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: expected at least 1")
         for side in (part.strip() for part in self.sides.split(",")):
-            if side not in SIDES:
-                raise UserError(f"--sides {self.sides}: found {side!r}, expected some of {', '.join(SIDES)}")
+            if side not in (*SIDES, OPTIONAL):
+                expected = ", ".join((*SIDES, OPTIONAL))
+                raise UserError(f"--sides {self.sides}: found {side!r}, expected some of {expected}")
 
 
 # ------------------------------------------------------------------------------------------------ one side
@@ -102,7 +106,8 @@ def log_probs_of(side: str, model, input_ids: torch.Tensor, attention_mask: torc
     arguments = (input_ids, attention_mask, LEVELS)
     if side in PLAIN:
         return {"trl": trl_log_probs, "logits": logits_log_probs}[side](model, *arguments)
-    return group_log_probs(model, model, *arguments, space=side, chunk_rows=len(input_ids)).log_probs
+    space = "catalog" if side == OPTIONAL else side
+    return group_log_probs(model, model, *arguments, space=space, chunk_rows=len(input_ids)).log_probs
 
 
 def be_side(options: Options, device: str) -> None:
@@ -125,6 +130,8 @@ def be_side(options: Options, device: str) -> None:
     rows, rows_mask = (x.repeat_interleave(completions, 0) for x in (ids, mask))
     if side in PLAIN:
         search = transformers_search(policy, trie, ids, mask, completions)
+    if side == OPTIONAL:
+        engine = vllm_engine_of(policy, trie, dtype)
 
     def now() -> float:
         finish(device)
@@ -136,6 +143,9 @@ def be_side(options: Options, device: str) -> None:
             policy.eval()
             if side in PLAIN:
                 drawn = search().sequences[:, -LEVELS:]
+            elif side == OPTIONAL:
+                engine.sync(policy.named_parameters())
+                drawn = sids[engine.beam_search(ids.tolist(), completions)[0].row.flatten()]
             else:
                 drawn = sids[beam_search(policy, trie, ids, mask, completions, space=side).row.flatten()]
             policy.train()

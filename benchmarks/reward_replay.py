@@ -79,15 +79,15 @@ def groups_of(options: Options, data, prompts: list[str]) -> np.ndarray:
     """The beams of each prompt, most probable first: (prompts, num_generations) rows of the catalog's SIDs."""
     import torch
 
-    from minionerec.decoding.beam_search import recommend
+    from minionerec.decoding.engine import TransformersEngine, recommend
     from minionerec.language_model.checkpoints import load_model, load_tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(options.model_path, "model_path").to(device)
     tokenizer = load_tokenizer(options.model_path, "model_path")
     trie = data.catalog.trie(tokenizer).to(device)
-    size, search = options.num_generations, {"progress": "groups", "space": options.space}
-    return recommend(model, tokenizer, trie, prompts, size, options.batch_size, **search)[0]
+    engine = TransformersEngine(model, trie, tokenizer.pad_token_id, options.space)
+    return recommend(engine, tokenizer, prompts, options.num_generations, options.batch_size, progress="groups")[0]
 
 
 def rewards_of(rewards, columns: dict[str, list], groups: np.ndarray, catalog) -> dict[str, np.ndarray]:

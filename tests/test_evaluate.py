@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 from minionerec.common.errors import UserError
-from minionerec.evaluation import predictions
+from minionerec.decoding.engine import TransformersEngine
 from minionerec.language_model.checkpoints import Settings, save_settings
 
 
@@ -166,7 +166,7 @@ def test_users_without_a_name(world, checkpoint_folder, tmp_path):
 
 def killed_at(monkeypatch, batch):
     """Make the search of batch number `batch` end the run; returns the list that counts the batches."""
-    plain, calls = predictions.recommend_batch, []
+    plain, calls = TransformersEngine.beam_search, []
 
     def killed(*arguments, **named):
         calls.append(1)
@@ -174,7 +174,7 @@ def killed_at(monkeypatch, batch):
             raise KeyboardInterrupt
         return plain(*arguments, **named)
 
-    monkeypatch.setattr(predictions, "recommend_batch", killed)
+    monkeypatch.setattr(TransformersEngine, "beam_search", killed)
     return calls
 
 

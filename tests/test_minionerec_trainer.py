@@ -326,13 +326,15 @@ def test_shuffle_keeps_groups_together(policy, world, tmp_path):
 
 def test_groups_are_drawn_in_the_space_of_their_log_probs(policy, world, tmp_path):
     """The score by which beams were ranked is the sum of the log-probabilities that the loss sees."""
-    ids, mask = left_pad(policy.tokenizer(PROMPTS)["input_ids"], policy.tokenizer.pad_token_id, "cpu")
+    prompts = policy.tokenizer(PROMPTS)["input_ids"]
+    ids, mask = left_pad(prompts, policy.tokenizer.pad_token_id, "cpu")
     found = {}
     for space in ("vocab", "catalog"):
         trainer = make_trainer(policy, world, tmp_path, space=space, bf16=False, temperature=0.7)
         beams = beam_search(trainer.model, trainer.trie, ids, mask, 4, 0.7, space=space)
         targets = torch.zeros(len(ids), 1, dtype=torch.long)
-        assert torch.equal(trainer._draw(trainer.model, ids, mask, targets), beams.row)
+        with trainer._rollout_engine() as engine:
+            assert torch.equal(trainer._draw(engine, prompts, targets), beams.row)
         completions = torch.tensor([trainer.completion_of_row[row] for row in beams.row.flatten().tolist()])
         rows = torch.cat([ids.repeat_interleave(4, 0), completions], 1)
         real = torch.cat([mask.repeat_interleave(4, 0), torch.ones_like(completions)], 1)
@@ -354,12 +356,14 @@ def test_sampled_groups(policy, world, tmp_path, dynamic_sampling):
     """Repeatable by step, legal, most probable first; dynamic sampling never loses a target that it drew."""
     settings = {"beams": False, "dynamic_sampling": dynamic_sampling, "num_generations": 8}
     trainer = make_trainer(policy, world, tmp_path, rewards=reward_functions("ranking", 8), **settings)
-    ids, mask = left_pad(policy.tokenizer(PROMPTS)["input_ids"], policy.tokenizer.pad_token_id, "cpu")
+    prompts = policy.tokenizer(PROMPTS)["input_ids"]
+    ids, mask = left_pad(prompts, policy.tokenizer.pad_token_id, "cpu")
     targets = beam_search(trainer.model, trainer.trie, ids, mask, 1).row  # likely to be drawn
-    groups = trainer._draw(trainer.model, ids, mask, targets)
-    assert torch.equal(groups, trainer._draw(trainer.model, ids, mask, targets))
-    trainer.state.global_step = 1
-    assert not torch.equal(groups, trainer._draw(trainer.model, ids, mask, targets))
+    with trainer._rollout_engine() as engine:
+        groups = trainer._draw(engine, prompts, targets)
+        assert torch.equal(groups, trainer._draw(engine, prompts, targets))
+        trainer.state.global_step = 1
+        assert not torch.equal(groups, trainer._draw(engine, prompts, targets))
     assert groups.shape == (3, 8) and (groups == targets).any()
     scores = beam_search(trainer.model, trainer.trie, ids, mask, 1000)
     for group, ranked, score in zip(groups, scores.row, scores.score, strict=True):

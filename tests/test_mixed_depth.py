@@ -16,7 +16,7 @@ import convert_dataset
 from data import Prompts, load, next_sid_prompts, parse_tasks, rl_rows, sft_pairs
 from minionerec.catalog.catalog import Catalog
 from minionerec.catalog.sids import codebook_tokens, read_index
-from minionerec.decoding.beam_search import recommend
+from minionerec.decoding.engine import TransformersEngine, recommend
 from minionerec.evaluation import metrics
 from minionerec.language_model.checkpoints import load_model, load_tokenizer
 from minionerec.language_model.new_tokens import add_tokens
@@ -59,7 +59,9 @@ def test_mixed_depth_survives_conversion_data_decoding_and_metrics(mixed_world, 
     catalog = Catalog(sids)
     trie = catalog.trie(tokenizer)
     assert trie.depth == 4
-    found, scores = recommend(model, tokenizer, trie, columns["prompt"][:3], N_ITEMS, batch_size=2)
+    found, scores = recommend(
+        TransformersEngine(model, trie, 0), tokenizer, columns["prompt"][:3], N_ITEMS, batch_size=2
+    )
     assert (np.sort(found, axis=1) == np.arange(N_ITEMS)).all(), "every item once, of either depth"
     for prompt, best, own in zip(columns["prompt"][:3], found, scores, strict=True):  # scores token by token
         for row in (5, 6, 7):

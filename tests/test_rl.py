@@ -142,6 +142,9 @@ def set_metric(monkeypatch, value_of) -> None:
         ({"baseline_path": "x"}, "no reward reads it; add sasrec or dense"),
         ({"reward_type": "sasrec"}, "--reward_type sasrec needs --baseline_path"),
         ({"reward_module": "nowhere.py:f"}, "nowhere.py: no such file"),
+        ({"rollout": "sglang"}, "--rollout sglang: expected transformers or vllm"),
+        ({"vllm_tensor_parallel_size": 2}, "--vllm_tensor_parallel_size 2: expected 1: an engine in each process"),
+        ({"vllm_gpu_memory_utilization": 1.5}, "--vllm_gpu_memory_utilization 1.5: expected more than 0 and below 1"),
         ({"num_generations": 1}, "--num_generations 1: expected at least 2"),
         ({"train_batch_size": 10}, "not divisible by --num_generations 4; the nearest products that are: 8 or 12"),
         ({"train_batch_size": 5, "gradient_accumulation_steps": 2}, "5 x .* 2 = 10 completions .*: 8 or 12"),
@@ -297,7 +300,7 @@ def test_sft_rl_and_evaluation_ask_the_same(options, world, policy, base_model, 
     with pytest.raises(Killed):
         rl.main(options(**files, train_rows=-1))
 
-    def prompts_of(process, model, tokenizer, trie, prompts, *_, **__):
+    def prompts_of(process, engine, tokenizer, prompts, *_, **__):
         return prompts
 
     monkeypatch.setattr(predictions, "predict", record("evaluation", prompts_of))
@@ -583,3 +586,85 @@ def test_a_moved_reference_is_restored_under_deepspeed(world, start, tmp_path, c
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     for name in whole:
         torch.testing.assert_close(resumed[name].float(), whole[name].float(), atol=1e-3, rtol=1e-2)  # bf16
+
+
+# ------------------------------------------------------------------------------------------------ vLLM
+
+
+def weights_in_vllm(own) -> dict[str, torch.Tensor]:
+    """The weights of vLLM's model; those that a CPU has packed are read off the layer's outputs for unit vectors."""
+    found = {name: parameter.detach().clone() for name, parameter in own.named_parameters()}
+    for name, layer in own.named_modules():
+        if f"{name}.weight" in found and not found[f"{name}.weight"].numel():
+            found[f"{name}.weight"] = layer.quant_method.apply(layer, torch.eye(layer.input_size)).T.clone()
+    return found
+
+
+def assert_weights_in_vllm(engine, model) -> None:
+    """vLLM holds the trainer's weights, those of the fused layers one below the other."""
+    from minionerec.language_model.adapters import merged_weights
+
+    expected = {name: weight.clone() for name, weight in merged_weights(model)}
+    parts = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    [found] = engine.llm.apply_model(weights_in_vllm)
+    assert any("qkv_proj" in name for name in found)
+    for name, weight in found.items():
+        fused = next((fused for fused in parts if f".{fused}." in name), None)
+        names = [name.replace(fused, part) for part in parts[fused]] if fused else [name]
+        whole = torch.cat([expected[each] for each in names])
+        torch.testing.assert_close(weight[: len(whole)], whole, atol=1e-6, rtol=0)  # vLLM pads the vocabulary
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("settings", [{}, {"use_lora": True, "lora_r": 4, "space": "catalog"}], ids=["full", "lora"])
+def test_rollouts_by_vllm_train_what_the_tree_search_trains(
+    options, vllm_checkpoint, vllm_engines, reward_files, tmp_path, monkeypatch, settings
+):
+    """20 steps; the weights in vLLM and the groups are checked at each.
+
+    The reward differs between completions: without a signal, Adam would enlarge the rounding of a gradient of zero.
+    """
+    from minionerec_trainer import ReReTrainer
+
+    draw, groups = ReReTrainer._draw, {"transformers": [], "vllm": []}
+
+    def drawn(self, engine, *arguments):
+        if self.rollout:
+            assert_weights_in_vllm(engine, self.accelerator.unwrap_model(self.model))
+        rows = draw(self, engine, *arguments)
+        groups["vllm" if self.rollout else "transformers"].append(rows.tolist())
+        return rows
+
+    monkeypatch.setattr(ReReTrainer, "_draw", drawn)
+    settings |= {"model_path": str(vllm_checkpoint), "num_train_epochs": 5, "eval_step": 100, "temperature": 0.7}
+    settings |= {"reward_type": "sasrec", "baseline_path": reward_files[1]}
+    rl.main(options("ours", **settings))
+    rl.main(options("vllm", **settings, rollout="vllm"))
+    assert groups["vllm"] == groups["transformers"] and len(groups["vllm"]) == 20 and len(vllm_engines) == 1
+    assert_same_weights(tmp_path / "ours", tmp_path / "vllm", vllm_checkpoint, 1e-2)
+
+
+@pytest.mark.vllm
+def test_a_killed_run_with_samples_of_vllm_resumes_to_the_same_weights(
+    options, vllm_checkpoint, vllm_engines, reward_files, tmp_path
+):
+    settings = {"model_path": str(vllm_checkpoint), "rollout": "vllm", "beam_search": False, "eval_step": 1}
+    settings |= {"reward_type": "sasrec", "baseline_path": reward_files[1]}
+    rl.main(options("whole", **settings))
+    vllm_engines.pop().close()
+    folder = killed(options("killed", **settings), saves=2)
+    vllm_engines.pop().close()
+    rl.main(options("killed", **settings))
+    assert_same_weights(tmp_path / "whole", folder, vllm_checkpoint, 1e-2)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_with_vllm_train_as_one_without(world, vllm_checkpoint, reward_files, tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed: requirements-vllm.txt or requirements-vllm-cpu.txt")
+    for processes, engine in ((1, "transformers"), (2, "vllm")):
+        split = {"NPROC": processes, "TRAIN_BATCH_SIZE": 16 // processes, "ROLLOUT": engine, "EVAL_STEP": 0.5}
+        split |= {"REWARD_TYPE": "sasrec", "BASELINE_PATH": reward_files[1]}
+        run_stage("rl.sh", env=environment(world, vllm_checkpoint, tmp_path / engine, **split, TRAIN_ROWS=32))
+    assert_same_weights(tmp_path / "transformers", tmp_path / "vllm", vllm_checkpoint, 1e-2)

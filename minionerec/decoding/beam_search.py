@@ -11,13 +11,11 @@ The model's generation config is not read.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from minionerec.catalog.trie import Trie
+from minionerec.catalog.trie import Allowed, Trie
 from minionerec.common.errors import UserError
 from minionerec.decoding.lm_head import LMHead, allowed_log_probs
 from minionerec.decoding.tree_attention import PromptTree, require_tree_attention
@@ -68,22 +66,49 @@ def beam_searches(
     found = []
     for trie in tries:
         tree.rewind()
-        found.append(_search(tree, head, trie.to(input_ids.device), num_beams, temperature, length_penalty, space))
+        frontier = TreeFrontier(tree, head, temperature, space)
+        found.append(search(frontier, trie.to(input_ids.device), len(input_ids), num_beams, length_penalty))
     return found
 
 
-def _search(
-    tree: PromptTree, head: LMHead, trie: Trie, num_beams: int, temperature: float, length_penalty: float, space: str
-) -> Beams:
+class Frontier(Protocol):
+    """The newest tokens of the beams of some prompts, and how an engine continues them."""
+
+    def expand(self, trie: Trie, node: torch.Tensor, alive: torch.Tensor, level: int) -> tuple[torch.Tensor, Allowed]:
+        """Log-probabilities of what may follow each beam, -inf elsewhere, and the `Allowed` of the same width.
+
+        node, alive: (prompts, beams) trie nodes of depth `level`, and which beams are in use.
+        """
+
+    def grow(self, token: torch.Tensor, parent: torch.Tensor) -> None:
+        """Continue the beam at place `parent` with `token`. Both (prompts, beams)."""
+
+
+class TreeFrontier(NamedTuple):
+    """The frontier of a `PromptTree`."""
+
+    tree: PromptTree
+    head: LMHead
+    temperature: float
+    space: str
+
+    def expand(self, trie: Trie, node: torch.Tensor, alive: torch.Tensor, level: int) -> tuple[torch.Tensor, Allowed]:
+        options = {"space": self.space, "level": level, "temperature": self.temperature}
+        return allowed_log_probs(self.head, self.tree.hidden, trie, node, **options)
+
+    def grow(self, token: torch.Tensor, parent: torch.Tensor) -> None:
+        self.tree.grow(token, parent)
+
+
+def search(frontier: Frontier, trie: Trie, prompts: int, num_beams: int, length_penalty: float) -> Beams:
+    """The best `num_beams` SIDs of each prompt, level by level. Every engine searches with this function."""
     width = min(num_beams, trie.n_leaves)
-    node = torch.zeros(len(tree.hidden), 1, dtype=torch.long, device=tree.hidden.device)
+    node = torch.zeros(prompts, 1, dtype=torch.long, device=trie.leaf.device)
     score = torch.zeros(node.shape, device=node.device)
-    done = Beams(node.new_full((len(node), width), -1), score.new_full((len(node), width), -torch.inf))
+    done = Beams(node.new_full((prompts, width), -1), score.new_full((prompts, width), -torch.inf))
     for depth in range(trie.depth):
         # (prompts, beams, children) each
-        log_probs, allowed = allowed_log_probs(
-            head, tree.hidden, trie, node, space=space, level=depth, temperature=temperature
-        )
+        log_probs, allowed = frontier.expand(trie, node, score > -torch.inf, depth)
         reached = (score.unsqueeze(-1) + log_probs).flatten(1)
         child, token = allowed.node.flatten(1), allowed.token.flatten(1)
         row = torch.where(reached > -torch.inf, trie.leaf[child], -1)
@@ -95,12 +120,13 @@ def _search(
             running = reached.masked_fill(row >= 0, -torch.inf)
             score, place = running.topk(min(num_beams, running.shape[1]))
             node = child.gather(1, place)
-            tree.grow(token.gather(1, place), place // allowed.token.shape[2])
-    _refuse_broken(done.score.isfinite().sum(1), trie.reachable[..., 0].clamp(max=width))
+            frontier.grow(token.gather(1, place), place // allowed.token.shape[2])
+    refuse_broken(done.score.isfinite().sum(1), trie.reachable[..., 0].clamp(max=width))
     return done
 
 
-def _refuse_broken(found: torch.Tensor, expected: torch.Tensor) -> None:
+def refuse_broken(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise `UserError` unless each prompt has as many finite scores as expected."""
     if not (found == expected).all():
         raise UserError(
             "decoding: the model's logits are not finite; its weights hold NaN or Inf, or training diverged (lower --learning_rate)"
@@ -151,7 +177,7 @@ def sample(
             own = torch.arange(num_samples, device=node.device).expand_as(node)
             tree.grow(of_drawn(allowed.token), own if depth else torch.zeros_like(own))
     row = trie.leaf[node]
-    _refuse_broken((score.isfinite() & (row >= 0)).sum(1), node.new_tensor(num_samples))
+    refuse_broken((score.isfinite() & (row >= 0)).sum(1), node.new_tensor(num_samples))
     return Beams(row, score)
 
 
@@ -187,74 +213,3 @@ def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -
             batches.append([])
         batches[-1].append(row)
     return batches
-
-
-def recommend_batch(
-    model,
-    tokens: Sequence[Sequence[int]],
-    pad_token_id: int,
-    trie: Trie,
-    num_beams: int,
-    exclusions: Sequence[Sequence[Sequence[int]] | None] = (None,),
-    **search,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Beam searches for one batch of token lists, in evaluation mode; the prompts are encoded once.
-
-    exclusions: one search for each entry; an entry holds for each prompt the rows of SIDs that it must not get, or is
-    None. Returns (SID rows, scores) of each search, both (prompts, width); `search` goes to `beam_searches`.
-    """
-    ids, mask = left_pad(tokens, pad_token_id, model.device)
-    tries = [_without(trie, excluded).to(model.device) for excluded in exclusions]
-    was_training = model.training
-    model.eval()
-    found = beam_searches(model, tries, ids, mask, num_beams, **search)
-    model.train(was_training)
-    return [(beams.row.cpu().numpy(), beams.score.cpu().numpy()) for beams in found]
-
-
-def _without(trie: Trie, excluded: Sequence[Sequence[int]] | None) -> Trie:
-    """The trie without each prompt's excluded rows."""
-    if excluded is None or not any(excluded):
-        return trie
-    allowed = torch.ones(len(excluded), trie.n_leaves, dtype=torch.bool)
-    for prompt, rows in enumerate(excluded):
-        allowed[prompt, rows] = False
-    return trie.restrict(allowed.to(trie.order.device))
-
-
-def recommend(
-    model,
-    tokenizer,
-    trie: Trie,
-    prompts: Sequence[str],
-    num_beams: int,
-    batch_size: int,
-    length_penalty: float = 0.0,
-    progress: str | None = None,
-    *,
-    space: str = "vocab",
-    batch_tokens: int = 1 << 14,
-    excluded: Sequence[Sequence[int]] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """`beam_search` for any number of prompts, in batches of about equal length, in evaluation mode.
-
-    excluded: for each prompt, rows of SIDs that it must not get; progress: name of a progress bar. Returns
-    (SID rows, scores), both (prompts, min(num_beams, catalog)), in the order of `prompts`.
-    """
-    tokens = tokenizer(list(prompts))["input_ids"] if len(prompts) else []
-    width = min(num_beams, trie.n_leaves)
-    sid_rows, scores = np.zeros((len(tokens), width), dtype=np.int64), np.zeros((len(tokens), width))
-    trie, pad = trie.to(model.device), tokenizer.pad_token_id or 0
-    batches = length_batches([len(t) for t in tokens], batch_size, batch_tokens)
-    for batch in tqdm(batches, desc=progress, disable=progress is None):
-        [(sid_rows[batch], scores[batch])] = recommend_batch(
-            model,
-            [tokens[i] for i in batch],
-            pad,
-            trie,
-            num_beams,
-            [excluded and [excluded[i] for i in batch]],
-            length_penalty=length_penalty,
-            space=space,
-        )
-    return sid_rows, scores

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from accelerate.utils import gather_object
 
-from minionerec.catalog.trie import Trie
 from minionerec.common.console import Progress, say
 from minionerec.common.files import atomic_file
 from minionerec.common.processes import on_main_process
-from minionerec.decoding.beam_search import length_batches, recommend_batch
+from minionerec.decoding.beam_search import Beams, length_batches
+from minionerec.decoding.engine import Engine
 
 PARTS = 256
 
@@ -69,9 +69,8 @@ def remove_parts(folder: str | Path) -> None:
 
 def predict(
     process,
-    model,
+    engine: Engine,
     tokenizer,
-    trie: Trie,
     prompts: Sequence[str],
     exclusions: Mapping[str, Sequence[Sequence[int]] | None],
     folder: str | Path,
@@ -80,12 +79,12 @@ def predict(
     num_beams: int,
     batch_size: int,
     batch_tokens: int,
-    **search,
+    length_penalty: float = 0.0,
 ) -> dict[str, Predictions] | None:
     """The predictions of all prompts for each name in `exclusions`, in the main process; None in the others.
 
     process: an `accelerate.PartialState`; exclusions: for each search, None or the rows of SIDs that each prompt must not
-    get; folder: of the parts; resume: whether those that are there are used; `search` goes to `beam_searches`.
+    get; folder: of the parts; resume: whether those that are there are used.
     """
     tokens = tokenizer(list(prompts))["input_ids"]
     parts = Parts(folder, length_batches([len(t) for t in tokens], batch_size, batch_tokens))
@@ -96,7 +95,7 @@ def predict(
     pending = [part for part in range(len(parts.batches)) if part not in finished]
     own = pending[process.process_index :: process.num_processes]
 
-    computed, pad = {}, tokenizer.pad_token_id or 0
+    computed = {}
     total = sum(len(parts.batches[part]) for part in own)
     with Progress(total, "evaluating", unit="batches") as progress:
         for part in own:
@@ -104,7 +103,9 @@ def predict(
             for batch in parts.batches[part]:
                 excluded = [each and [each[row] for row in batch] for each in exclusions.values()]
                 own_tokens = [tokens[row] for row in batch]
-                results.append(recommend_batch(model, own_tokens, pad, trie, num_beams, excluded, **search))
+                results.append(
+                    engine.beam_search(own_tokens, num_beams, exclusions=excluded, length_penalty=length_penalty)
+                )
                 progress.update()
             computed[part] = _joined(results)
             parts.write(part, computed[part])
@@ -114,7 +115,7 @@ def predict(
 
     for each in everything:
         found |= each
-    shape = (len(exclusions), len(prompts), min(num_beams, trie.n_leaves))
+    shape = (len(exclusions), len(prompts), min(num_beams, engine.trie.n_leaves))
     sid_rows, scores = np.zeros(shape, dtype=np.int64), np.zeros(shape)
     for part, arrays in found.items():
         rows = parts.rows(part)
@@ -122,7 +123,8 @@ def predict(
     return {name: Predictions(*both) for name, *both in zip(exclusions, sid_rows, scores, strict=True)}
 
 
-def _joined(batches: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]]) -> dict[str, np.ndarray]:
-    """(SID rows, scores) of each batch and search -> arrays (searches, rows, beams)."""
-    sid_rows, scores = zip(*(zip(*batch, strict=True) for batch in batches), strict=True)
+def _joined(batches: Sequence[Sequence[Beams]]) -> dict[str, np.ndarray]:
+    """The beams of each batch and search -> arrays (searches, rows, beams)."""
+    sid_rows = [np.stack([beams.row.cpu().numpy() for beams in batch]) for batch in batches]
+    scores = [np.stack([beams.score.cpu().numpy() for beams in batch]) for batch in batches]
     return {"sid_rows": np.concatenate(sid_rows, axis=1), "scores": np.concatenate(scores, axis=1)}

@@ -10,7 +10,7 @@ from trl.models import unwrap_model_for_generation
 
 from minionerec.catalog.catalog import Catalog
 from minionerec.catalog.trie import Trie
-from minionerec.decoding.beam_search import recommend
+from minionerec.decoding.engine import TransformersEngine, recommend
 from minionerec.evaluation import metrics
 from minionerec.evaluation.metrics import cutoffs_of
 
@@ -53,14 +53,13 @@ class Validation(NamedTuple):
         own = slice(accelerator.process_index, None, accelerator.num_processes)  # empty where rows are few
         seen = None if self.seen is None else self.seen[own]
         with model_for_search(trainer) as model:
+            tokenizer = trainer.processing_class
             sid_rows, _ = recommend(
-                model,
-                trainer.processing_class,
-                self.trie,
+                TransformersEngine(model, self.trie.to(model.device), tokenizer.pad_token_id or 0, self.space),
+                tokenizer,
                 self.prompts[own],
                 self.beams,
                 trainer.args.per_device_eval_batch_size,
-                space=self.space,
                 excluded=seen and [self.catalog.rows_of(items) for items in seen],
             )
         _, ranks = metrics.sid_and_item_ranks(sid_rows, self.targets[own], self.catalog, seen)

@@ -1,10 +1,14 @@
 """Training a part of a model, with PEFT: LoRA adapters, or only the embedding rows of the new tokens."""
 
+from collections.abc import Iterator
+
 import torch
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
 from minionerec.common.errors import UserError
+from minionerec.decoding.lm_head import unwrap_adapter
 from minionerec.language_model.checkpoints import first_line
 from minionerec.language_model.new_tokens import embedding_names
 
@@ -75,3 +79,21 @@ def _with_head_bias(model):
         if isinstance(layer, TrainableTokensLayer) and getattr(layer.base_layer, "bias", None) is not None:
             layer.register_forward_hook(add_bias)
     return model
+
+
+@torch.no_grad()
+def merged_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, weight) of a causal LM under the names of a model without adapters, LoRA adapters merged.
+
+    The model is not changed: merging into it and taking that back would round its weights each time.
+    """
+    base = unwrap_adapter(model)
+    adapted = {f"{name}.": layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
+    for prefix, layer in adapted.items():
+        for name, parameter in layer.get_base_layer().named_parameters():
+            if name == "weight":
+                parameter = parameter + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+            yield prefix + name, parameter.data
+    for name, parameter in base.named_parameters():
+        if not name.startswith(tuple(adapted)):
+            yield name, parameter.data

@@ -23,6 +23,15 @@ def test_the_command():
     )
 
 
+@pytest.mark.vllm
+def test_the_command_with_vllm():
+    pytest.importorskip("vllm", reason="vLLM is not installed: requirements-vllm.txt or requirements-vllm-cpu.txt")
+    done = run_stage(
+        "benchmarks.decode", *TINY, "--items", "40", "--beams", "3", "--hf_prompts", "0", "--vllm", "--json"
+    )
+    assert json.loads(done.stdout.splitlines()[-1])["catalog_ratio_to_vllm"] > 0
+
+
 def test_the_searches_that_are_compared_find_the_same():
     model = shared.random_model("cpu", torch.float32, 1000)
     sids = shared.random_sids(40, 1000)

@@ -27,7 +27,8 @@ from transformers import AutoTokenizer, Qwen2Config
 
 from minionerec.catalog.trie import Trie
 from minionerec.common.errors import UserError
-from minionerec.decoding.beam_search import beam_search, beam_searches, left_pad, length_batches, recommend, sample
+from minionerec.decoding.beam_search import beam_search, beam_searches, left_pad, length_batches, sample
+from minionerec.decoding.engine import TransformersEngine, recommend
 
 
 def transformers_beams(model, sids, ids, mask, beams, **kwargs):
@@ -283,24 +284,26 @@ def test_recommend_keeps_the_order_of_prompts_and_the_mode(policy):
     trie = policy.catalog.trie(policy.tokenizer)
     prompts = ["Answer:\n", "A much longer prompt, of many more tokens\nAnswer:\n", "<a_1><b_2>", "x"]
     policy.model.train()
-    many = recommend(policy.model, policy.tokenizer, trie, prompts, 5, batch_size=3)
+    engine = TransformersEngine(policy.model, trie, 0)
+    many = recommend(engine, policy.tokenizer, prompts, 5, batch_size=3)
     assert policy.model.training
     policy.model.eval()
     for prompt, leaves, scores in zip(prompts, *many, strict=True):
-        alone = recommend(policy.model, policy.tokenizer, trie, [prompt], 5, batch_size=1)
+        alone = recommend(engine, policy.tokenizer, [prompt], 5, batch_size=1)
         assert alone[0][0].tolist() == leaves.tolist()
         assert alone[1][0] == pytest.approx(scores, abs=1e-4)
 
 
 def test_recommend_of_no_prompts_is_empty(policy):
     """As in a process that has no validation row."""
-    rows, scores = recommend(policy.model, policy.tokenizer, policy.catalog.trie(policy.tokenizer), [], 5, batch_size=3)
+    engine = TransformersEngine(policy.model, policy.catalog.trie(policy.tokenizer), 0)
+    rows, scores = recommend(engine, policy.tokenizer, [], 5, batch_size=3)
     assert rows.shape == scores.shape == (0, 5)
 
 
 def test_every_prediction_is_in_the_catalog(policy):
     trie = policy.catalog.trie(policy.tokenizer)
-    leaves, _ = recommend(policy.model, policy.tokenizer, trie, ["a", "b c"], 1000, batch_size=2)
+    leaves, _ = recommend(TransformersEngine(policy.model, trie, 0), policy.tokenizer, ["a", "b c"], 1000, batch_size=2)
     for row in leaves:
         assert sorted(row) == list(range(len(policy.catalog.sids)))
     legal = set(itertools.chain.from_iterable([policy.catalog.sids]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
-from minionerec.decoding.beam_search import recommend
+from minionerec.decoding.engine import TransformersEngine, recommend
 from minionerec.evaluation import validation
 from minionerec.evaluation.metrics import sid_and_item_ranks, table
 from minionerec.evaluation.validation import Validation
@@ -32,14 +32,15 @@ def trainer(policy):
 def test_equals_a_plain_search(policy, trainer, seen):
     trie, catalog = policy.catalog.trie(policy.tokenizer), policy.catalog
     measured = Validation(PROMPTS, TARGETS, catalog, trie, 47, "catalog", seen).measure(trainer)
-    sid_rows, _ = recommend(policy.model, policy.tokenizer, trie, PROMPTS, 47, 8, space="catalog")
+    engine = TransformersEngine(policy.model, trie, 0, "catalog")
+    sid_rows, _ = recommend(engine, policy.tokenizer, PROMPTS, 47, 8)
     expected = table(sid_and_item_ranks(sid_rows, TARGETS, catalog, seen)[1], [1, 3, 5, 10, 20])
     if seen is None:
         assert measured == expected
     else:
         assert measured["HR@20"] <= 2 / 3  # a seen target is missed
         everything = Validation(PROMPTS, TARGETS, catalog, trie, 47, "vocab", seen).measure(trainer)
-        sid_rows, _ = recommend(policy.model, policy.tokenizer, trie, PROMPTS, 47, 8)
+        sid_rows, _ = recommend(TransformersEngine(policy.model, trie, 0), policy.tokenizer, PROMPTS, 47, 8)
         ranks = sid_and_item_ranks(sid_rows, TARGETS, catalog, seen)[1]
         assert everything == table(ranks, [1, 3, 5, 10, 20])  # removing a SID does not change the others' scores
 
@@ -61,7 +62,7 @@ def test_a_process_without_rows_takes_part(policy, trainer, monkeypatch):
 def test_seen_items_free_their_beams(policy, trainer):
     """The items of the five best SIDs are seen: the sixth is found by five beams."""
     trie, catalog = policy.catalog.trie(policy.tokenizer), policy.catalog
-    best = recommend(policy.model, policy.tokenizer, trie, PROMPTS, 6, 8)[0].tolist()
+    best = recommend(TransformersEngine(policy.model, trie, 0), policy.tokenizer, PROMPTS, 6, 8)[0].tolist()
     seen = [[item for sid_row in row[:5] for item in catalog.items_of_sid[sid_row]] for row in best]
     targets = [catalog.items_of_sid[row[5]][0] for row in best]
     assert Validation(PROMPTS, targets, catalog, trie, 5).measure(trainer)["HR@5"] == 0

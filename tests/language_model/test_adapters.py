@@ -9,12 +9,13 @@ import copy
 import pytest
 import torch
 from language_model.small_models import ARCHITECTURES, WITH_BIAS, plain_loss, random_model, random_rows, train
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from minionerec.catalog.trie import Trie
 from minionerec.common.errors import UserError
 from minionerec.decoding.beam_search import beam_search
-from minionerec.language_model.adapters import add_lora, train_new_rows
+from minionerec.language_model.adapters import add_lora, lora_config, merged_weights, train_new_rows
 
 NEW = list(range(100, 120))
 
@@ -40,6 +41,22 @@ def test_the_trained_loss_is_that_of_the_saved_model(tmp_path, name, how):
     merged(trainer.model).save_pretrained(tmp_path / "saved")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     assert plain_loss(saved, rows) == pytest.approx(trained, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", *WITH_BIAS])
+def test_merged_weights_are_those_of_the_merged_model_which_is_left_as_it_was(name):
+    model = get_peft_model(random_model(name), lora_config(4, 8, 0.0, "all-linear"))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    before = copy.deepcopy(model.state_dict())
+    found = dict(merged_weights(model))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    expected = dict(model.merge_and_unload().named_parameters())
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value.data, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2", *WITH_BIAS])  # tied, untied, tied, with a bias
