@@ -149,7 +149,7 @@ def test_stage_3_reads_the_files(tmp_path):
 def test_the_command(tmp_path):
     write(tmp_path)
     done = run_stage("preprocess.sequences", "--file", tmp_path / "toy.txt", "--output_dir", tmp_path / "out")
-    assert done.stdout.splitlines()[0] == "read: 3 users, 4 items, 9 interactions"
+    assert "read: 3 users, 4 items, 9 interactions\n" in done.stdout
     done = run_stage("preprocess.sequences", "--file", tmp_path / "no", "--output_dir", tmp_path, check=False)
     assert done.returncode == 2 and done.stderr.endswith("no: no such file or folder; check --file\n")
 
