@@ -2,10 +2,12 @@
 
 The bound is CPU seconds of the process, not seconds on the clock, so other work on the machine does not matter; it is
 generous (the aim is 1.5 s on an idle machine). What is checked exactly is that no heavy package is imported.
+`PYTHONPATH=.:tests python tests/test_help.py` prints the median of three runs for every script.
 """
 
 import re
 import resource
+import statistics
 import subprocess
 import sys
 
@@ -89,3 +91,8 @@ def test_the_first_line_of_a_stage_is_fast(script, world, tmp_path):
     text, heavy, seconds = started(script, *arguments, stop=True)
     assert re.fullmatch(r"\w+: reads [^\n]*toy[^\n]*\n", text) and seconds < MOST_SECONDS
     assert heavy in ("", "polars")
+
+
+if __name__ == "__main__":
+    for name in SCRIPTS:
+        print(f"{name:45} {statistics.median(started(name, '--help')[2] for _ in range(3)):.2f}", flush=True)
