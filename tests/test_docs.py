@@ -3,7 +3,7 @@
 - Every command in README.md, CONTRIBUTING.md, RESULTS.md and docs/ names a script that exists, options and variables
   that it has, and values that it accepts (`docs/log.md` quotes commands of earlier commits and is left out).
 - Commands on the quickstart's files run (slow: on a small data set in their place), and so do the Python snippets.
-- The README has at most 120 lines, its tree is the disk's, its results are those of RESULTS.md.
+- The README has at most 130 lines, its tree is the disk's, its results are those of RESULTS.md.
 - Links lead to files and headings that exist; paths in code spans exist.
 - Messages that `docs/troubleshooting.md` quotes are in the code.
 - The log is in order of time, and each heading has a verdict.
@@ -398,8 +398,8 @@ def on_disk(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name not in ignored}
 
 
-def test_readme_has_at_most_120_lines():
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 120
+def test_readme_has_at_most_130_lines():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 130
 
 
 def test_pages_say_where_digits_repeat_and_how_wide_intervals_are():
