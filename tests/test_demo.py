@@ -47,8 +47,10 @@ def get(shown, address: str) -> str:
     return response.text
 
 
-def test_the_levels_explain_the_probability(shown, policy):
+@pytest.mark.parametrize("space", ["vocab", "catalog"])
+def test_the_levels_explain_the_probability(shown, policy, monkeypatch, space):
     model = shown.world.models["checkpoint"]
+    monkeypatch.setattr(model.recommender, "settings", model.recommender.settings._replace(space=space))
     found = model([9, 10, 11])
     assert len(found) == 5
     for each in found:
