@@ -77,7 +77,7 @@ class LanguageModel:
         self.recommender = recommend.Recommender(
             recommend.Options(base_model=folder, K=options.K, num_beams=options.num_beams, **files)
         )
-        self.paths = sid_paths(self.recommender.loaded[2])
+        self.paths = sid_paths(self.recommender.loaded[0].trie)
 
     def __call__(self, history: list[int]) -> list[Recommendation]:
         [found] = self.recommender([history])
@@ -100,14 +100,15 @@ class LanguageModel:
         if not sids:
             return []
         own = self.recommender
-        model, tokenizer, trie = own.loaded
+        engine, tokenizer = own.loaded
+        model, trie = engine.model, engine.trie
         rows = pl.DataFrame({"history": [history[-own.settings.max_history :]]})
         [text] = next_sid_prompts(rows, own.items, own.prompts)
         ids, mask = left_pad([tokenizer(text)["input_ids"]], tokenizer.pad_token_id or 0, model.device)
         allowed = torch.ones(trie.n_leaves, dtype=torch.bool, device=model.device)
         allowed[own.catalog.rows_of(history) if own.unseen else []] = False
         sid_rows = torch.tensor([[own.catalog.row_of_sid[sid] for sid in sids]], device=model.device)
-        scores = level_scores(model, trie.restrict(allowed), self.paths, ids, mask, sid_rows, own.settings.space)
+        scores = level_scores(model, trie.restrict(allowed), self.paths, ids, mask, sid_rows, engine.space)
         split = [split_sid(sid) for sid in sids]
         return [
             [Level(token, math.exp(score)) for token, score in zip(tokens, each, strict=False)]

@@ -47,8 +47,11 @@ def get(shown, address: str) -> str:
     return response.text
 
 
-def test_the_levels_explain_the_probability(shown, policy):
+@pytest.mark.parametrize("space", ["vocab", "catalog"])
+def test_the_levels_explain_the_probability(shown, policy, monkeypatch, space):
     model = shown.world.models["checkpoint"]
+    engine, tokenizer = model.recommender.loaded
+    monkeypatch.setattr(model.recommender, "loaded", (engine._replace(space=space), tokenizer))
     found = model([9, 10, 11])
     assert len(found) == 5
     for each in found:
