@@ -149,7 +149,7 @@ EVALUATE = [
     option_case("evaluate", "--length_penalty inf: expected a finite number", length_penalty="inf"),
     option_case("evaluate", "--max_new_tokens 2: the catalog's SIDs have up to 3 tokens", max_new_tokens=2),
     option_case("evaluate", "--blend_valid_file is required", blend_path="sasrec"),
-    option_case("evaluate", "expected auto, or 1 numbers", blend_path="sasrec", blend_weight="1 2"),
+    option_case("evaluate", "expected auto, user, or 1 numbers", blend_path="sasrec", blend_weight="1 2"),
     option_case("evaluate", "nowhere", blend_path="nowhere", blend_weight="1"),
     option_case("evaluate", "nowhere: no such file or folder; check --base_model", base_model="nowhere"),
     option_case("evaluate", "--result_json_data .: found a folder", result_json_data="."),
@@ -169,7 +169,9 @@ RECOMMEND = [
     option_case("recommend", "no item is left by --title_words 'zebra'", title_words="zebra"),
     option_case("recommend", "no item 99", only_items="1,99"),
     option_case("recommend", "--jsonl True: expected False with --history", jsonl=True),
-    option_case("recommend", "--blend_weight", "1 numbers, or none", blend_path="sasrec", blend_weight="1 2"),
+    option_case(
+        "recommend", "--blend_weight", "1 numbers, one for each --blend_path", blend_path="sasrec", blend_weight="1 2"
+    ),
     option_case("recommend", "nowhere", blend_path="nowhere"),
     option_case("recommend", "--info_file is required", info_file=None),
     option_case("recommend", "--space x: expected vocab or catalog", space="x"),
