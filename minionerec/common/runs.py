@@ -107,6 +107,9 @@ class Run:
             return
         if self.before is None or self.moved:
             self.path.unlink(missing_ok=True)
+            (self.path.parent / LOG_FILE).unlink(
+                missing_ok=True
+            )  # of a training that diverged before its first checkpoint
         else:
             with atomic_file(self.path, "wb") as f:
                 f.write(self.before)

@@ -79,10 +79,10 @@ PREPROCESS = [
     file_case("preprocess", ".inter", swap("ml/ml-100k.inter", "timestamp", "time"), "no column 'timestamp'"),
     file_case("preprocess", ".inter", swap("ml/ml-100k.inter", "101", "noon"), "row 6, column timestamp: found 'noon'"),
     file_case("preprocess", ".inter", swap("ml/ml-100k.inter", "101", "inf"), "row 6, column timestamp: found 'inf'"),
-    file_case("preprocess", ".inter", swap("ml/ml-100k.inter", "0\t1\t", "0\t9\t"), "1 ratings of items that ml-100k.item lacks"),
+    file_case("preprocess", ".inter", swap("ml/ml-100k.inter", "0\t1\t", "0\t9\t"), "1 interactions are of items without a title, the first of item 9"),
     file_case("preprocess", ".inter", swap("ml/ml-100k.item", "2\tF", "1\tF"), "row 3, column item_id: found '1', expected each item once"),
-    file_case("preprocess", ".inter", swap("ml/ml-100k.item", "2\tF", "two\tF"), "row 3, column item_id: found 'two', expected an integer"),
-    file_case("preprocess", ".inter", swap("ml/ml-100k.item", "Film 2", ""), "row 3, column movie_title: found '', expected a title"),
+    file_case("preprocess", ".inter", swap("ml/ml-100k.item", "2\tF", "two\tF"), "interactions are of items without a title, the first of item 2"),
+    file_case("preprocess", ".inter", swap("ml/ml-100k.item", "Film 2", ""), "interactions are of items without a title, the first of item 2"),
     file_case("preprocess", ".inter", half("ml/ml-100k.inter"), "ml-100k.inter, row"),
     file_case("preprocess", ".inter", put("ml/ml-100k.inter", "user_id\titem_id\ttimestamp\nu\t1\t5\n"), "none of 1 users has 3 interactions"),
 ]  # fmt: skip
