@@ -38,13 +38,13 @@ def lists(path) -> list:
 
 
 def test_evaluation_and_recommendations_are_those_of_the_default_engine(
-    world, vllm_checkpoint, vllm_engines, tmp_path, capsys
+    world, vllm_checkpoint, vllm_engines, tmp_path, capfd
 ):
     tables = {}
     for backend in ("transformers", "vllm"):
         given = evaluation(world, vllm_checkpoint, tmp_path / f"{backend}.json", backend=backend)
         evaluate.main(evaluate.Options(**given))
-        tables[backend] = [line for line in capsys.readouterr().out.splitlines() if "items, by" in line]
+        tables[backend] = [line for line in capfd.readouterr().out.splitlines() if "items, by" in line]
     assert tables["vllm"] == tables["transformers"] and len(tables["vllm"]) == 4
     assert lists(tmp_path / "vllm.json") == lists(tmp_path / "transformers.json")
     metrics = json.loads((tmp_path / "vllm.metrics.json").read_text())

@@ -85,7 +85,8 @@ def _with_head_bias(model):
 def merged_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, weight) of a causal LM under the names of a model without adapters, LoRA adapters merged.
 
-    The model is not changed: merging into it and taking that back would round its weights each time.
+    An LM head that is tied to the embeddings comes too, under its own name: vLLM keeps a packed copy of it on a CPU. The
+    model is not changed: merging into it and taking that back would round its weights each time.
     """
     base = unwrap_adapter(model)
     adapted = {f"{name}.": layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
@@ -94,6 +95,6 @@ def merged_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
             if name == "weight":
                 parameter = parameter + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
             yield prefix + name, parameter.data
-    for name, parameter in base.named_parameters():
+    for name, parameter in base.named_parameters(remove_duplicate=False):
         if not name.startswith(tuple(adapted)):
             yield name, parameter.data

@@ -37,12 +37,12 @@ def test_the_sides_take_the_same_step(monkeypatch, capsys):
 
 
 @pytest.mark.vllm
-def test_vllm_takes_the_step_of_catalog(vllm_engines, monkeypatch, capsys):
+def test_vllm_takes_the_step_of_catalog(vllm_engines, monkeypatch, capfd):
     options, losses = parse(grpo_step.Options, TINY), {}
     for options.side in ("catalog", "vllm"):
         monkeypatch.setattr("sys.stdin", io.StringIO("step\nstep\nstep\n"))
         grpo_step.be_side(options, "cpu")
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+        lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
         losses[options.side] = [json.loads(line)["loss"] for line in lines]
     assert losses["vllm"] == pytest.approx(losses["catalog"], abs=1e-5) and len(losses["vllm"]) == 3
 
