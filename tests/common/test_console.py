@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -102,7 +103,9 @@ def on_a_terminal(*level: str) -> tuple[str, str]:
     ours, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     command = [sys.executable, "-c", CHILD, *level]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=terminal, text=True)
+    # Not the variables that `configure` has set in this process, which has no terminal
+    environment = {name: value for name, value in os.environ.items() if not re.search("TQDM|PROGRESS_BARS", name)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=terminal, text=True)
     os.write(terminal, b"end")
     drawn = ""
     while not drawn.endswith("end"):
