@@ -31,7 +31,8 @@ HEAVY = (
 )
 MOST_SECONDS = 3.0
 SLOW = {  # benchmarks that import what they measure before they read their options
-    f"benchmarks.{name}" for name in ("data", "decode", "grpo_step", "sft_sequence", "sft_step", "sid", "sid_table")
+    f"benchmarks.{name}"
+    for name in ("data", "decode", "grpo_step", "sft_sequence", "sft_step", "sid", "sid_table", "text2emb")
 }
 SCRIPTS = sorted(
     str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")

@@ -1,8 +1,8 @@
 """Every stage is killed with SIGKILL at random moments and started again with the same command.
 
 Invariants: the result has the bytes of an unbroken run's; a record that says "complete" has a whole result next to it;
-no start after a kill is refused. Each stage is killed 20 times, or `KILLS` times. `benchmarks/reliability.py` makes a
-table of the counts.
+no start after a kill is refused. Each stage is killed 6 times, or `KILLS` times; `benchmarks/reliability.py`
+kills each 20 times and makes a table of the counts.
 """
 
 import json
@@ -15,9 +15,9 @@ import pytest
 from helpers import write_encoder
 from zygote import Zygote
 
-KILLS = int(os.environ.get("KILLS", 20))
+KILLS = int(os.environ.get("KILLS", 6))
 MOST_STARTS = 200
-NOT_RESULTS = {"run.json", "log.jsonl", "training_args.bin", "log.txt", "trainer_state.json"}
+NOT_RESULTS = {"run.json", "README.md", "log.jsonl", "training_args.bin", "log.txt", "trainer_state.json"}
 pytestmark = pytest.mark.slow
 
 

@@ -15,7 +15,7 @@ import time
 import urllib.request
 
 import pytest
-from helpers import ROOT, run_stage
+from helpers import ROOT
 
 import evaluate
 import recommend
@@ -58,16 +58,6 @@ def test_evaluation_and_recommendations_are_those_of_the_default_engine(
     )
     assert [[item["item_id"] for item in user] for user in one] == [[item["item_id"] for item in user] for user in two]
     assert not {3, 5} & {item["item_id"] for item in two[0]}
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_processes_evaluate_as_one(world, vllm_checkpoint, tmp_path):
-    given = evaluation(world, vllm_checkpoint, tmp_path / "one.json")
-    evaluate.main(evaluate.Options(**given))
-    given |= {"result_json_data": tmp_path / "two.json", "backend": "vllm"}
-    run_stage("evaluate.sh", env={name.upper(): value for name, value in given.items()} | {"NPROC": 2})
-    assert lists(tmp_path / "two.json") == lists(tmp_path / "one.json")
 
 
 def test_a_blend_is_refused(world, vllm_checkpoint, tmp_path):

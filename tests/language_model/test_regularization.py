@@ -283,7 +283,7 @@ def test_a_killed_stage_ends_as_an_unbroken_one(world, base_model, tmp_path):
     killed_midway("sft.sh", environment("killed"), tmp_path / "killed")
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     done = run_stage("sft.sh", env=environment("killed"))
-    assert "checkpoint" in done.stdout
+    assert "sft: resumes" in done.stdout
     run_stage("sft.sh", env=environment("plain", EMA_DECAY=0))
     models = {name: load_file(tmp_path / name / "model.safetensors") for name in ("unbroken", "killed", "plain")}
     for name, value in models["unbroken"].items():
