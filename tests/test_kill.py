@@ -1,7 +1,7 @@
 """Every stage is killed with SIGKILL at random moments and started again with the same command.
 
 Invariants: the result has the bytes of an unbroken run's; a record that says "complete" has a whole result next to it;
-no start after a kill is refused. Each stage is killed 6 times, or `KILLS` times; `benchmarks/reliability.py`
+no start after a kill is refused. Each stage is killed 4 times, or `KILLS` times; `benchmarks/reliability.py`
 kills each 20 times and makes a table of the counts.
 """
 
@@ -15,7 +15,7 @@ import pytest
 from helpers import write_encoder
 from zygote import Zygote
 
-KILLS = int(os.environ.get("KILLS", 6))
+KILLS = int(os.environ.get("KILLS", 4))
 MOST_STARTS = 200
 NOT_RESULTS = {"run.json", "README.md", "log.jsonl", "training_args.bin", "log.txt", "trainer_state.json"}
 pytestmark = pytest.mark.slow
