@@ -4,11 +4,21 @@ import json
 import os
 import socket
 import subprocess
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import ROOT, run_stage, sft_environment, write_world
+
+STARTED, MOST_SECONDS = time.monotonic(), float(os.environ.get("TEST_SECONDS", "inf"))
+
+
+def pytest_runtest_setup(item):
+    """After TEST_SECONDS, slow and distributed tests are skipped, and named: a machine has a limit of its own."""
+    late = time.monotonic() - STARTED > MOST_SECONDS
+    if late and any(map(item.get_closest_marker, ("slow", "distributed"))):
+        pytest.skip(f"TEST_SECONDS={MOST_SECONDS:.0f} are over")
 
 
 @pytest.fixture(scope="session")
