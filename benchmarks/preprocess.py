@@ -3,7 +3,7 @@
     python -m benchmarks.preprocess --json
 
 The log is a CSV of `interactions` rows in random order, with user activity and item popularity as in shops (log-normal
-and Zipf), and an item table with titles; making them is not timed. Each stage is a process of its own, started by its
+and Zipf), and an item table with titles; making them is not timed. Each stage is a separate process, started by its
 command line: `preprocess.table` (5-core, the split of --split) and `convert_dataset.py` under random SIDs. `--stages
 preprocess` leaves the conversion out.
 """

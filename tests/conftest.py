@@ -15,7 +15,7 @@ STARTED, MOST_SECONDS = time.monotonic(), float(os.environ.get("TEST_SECONDS", "
 
 
 def pytest_runtest_setup(item):
-    """After TEST_SECONDS, slow and distributed tests are skipped, and named: a machine has a limit of its own."""
+    """After TEST_SECONDS, slow and distributed tests are skipped, and pytest names them: CI ends after half an hour."""
     late = time.monotonic() - STARTED > MOST_SECONDS
     if late and any(map(item.get_closest_marker, ("slow", "distributed"))):
         pytest.skip(f"TEST_SECONDS={MOST_SECONDS:.0f} are over")
