@@ -105,10 +105,9 @@ class LanguageModel:
         rows = pl.DataFrame({"history": [history[-own.settings.max_history :]]})
         [text] = next_sid_prompts(rows, own.items, own.prompts)
         ids, mask = left_pad([tokenizer(text)["input_ids"]], tokenizer.pad_token_id or 0, model.device)
-        allowed = torch.ones(trie.n_leaves, dtype=torch.bool, device=model.device)
-        allowed[own.catalog.rows_of(history) if own.unseen else []] = False
+        trie = trie.without([own.catalog.rows_of(history)] if own.unseen else None)
         sid_rows = torch.tensor([[own.catalog.row_of_sid[sid] for sid in sids]], device=model.device)
-        scores = level_scores(model, trie.restrict(allowed), self.paths, ids, mask, sid_rows, engine.space)
+        scores = level_scores(model, trie, self.paths, ids, mask, sid_rows, engine.space)
         split = [split_sid(sid) for sid in sids]
         return [
             [Level(token, math.exp(score)) for token, score in zip(tokens, each, strict=False)]

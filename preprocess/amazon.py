@@ -28,7 +28,8 @@ from minionerec.common.console import say
 from minionerec.common.errors import UserError
 from minionerec.common.files import require_file
 from minionerec.common.options import RUNTIME, option, run
-from preprocess.options import PreprocessOptions, name_of, preprocess
+from preprocess.options import PreprocessOptions, name_of
+from preprocess.stage import preprocess
 
 BLOCK = 1 << 26  # bytes of JSON lines that are parsed at once
 EARLIEST = 788_918_400  # seconds: 1995, the year of the first reviews

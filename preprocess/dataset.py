@@ -147,7 +147,7 @@ def _distinct(codes: np.ndarray) -> int:
 
 
 def build(options: PreprocessOptions, source: Source, files: dict[str, Path]) -> None:
-    """Filter, number and split `source`, and write `files` (see `preprocess.options`)."""
+    """Filter, number and split `source`, and write `files` (see `preprocess.stage`)."""
     source.faults.check(options.max_bad)
     user, users, item, items, time, steps = filtered(options, source)
     steps_log = steps.log

@@ -22,7 +22,8 @@ from pathlib import Path
 from minionerec.common.errors import UserError
 from minionerec.common.files import require_file
 from minionerec.common.options import RUNTIME, option, run
-from preprocess.options import PreprocessOptions, preprocess
+from preprocess.options import PreprocessOptions
+from preprocess.stage import preprocess
 
 LAYOUTS = {  # the files of each release: ratings, films
     "100K": ("u.data", "u.item"),

@@ -1,15 +1,11 @@
-"""The options that every reader of stage 0 has, and the frame of its `main`."""
+"""The options that every reader of stage 0 has."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from minionerec.common import runs
 from minionerec.common.errors import UserError
 from minionerec.common.options import OUTPUT, StageOptions, option
-
-SPLITS = ("train", "valid", "test")
 
 
 @dataclass
@@ -47,30 +43,6 @@ class PreprocessOptions(StageOptions):
             split=(not dates or self.split == "time", "time, where --valid_from is given"),
             dataset_name=(not {*self.dataset_name} & {*"/\t\n\0"}, "a name without a slash"),
         )
-
-
-def preprocess(options: PreprocessOptions, name: str, files: Mapping[str, Path], read: Callable) -> None:
-    """Stage 0: `read()` the source into a `Source`, filter, number, split and write it; a finished run is skipped.
-
-    files: what is read. Writes `<D>.item.json`, `<D>.{train,valid,test}.inter`, `<D>.{user,item}2id` and
-    `<D>.stats.json` into the output folder.
-    """
-    folder = Path(options.output_dir)
-    written = {kind: folder / f"{name}.{kind}" for kind in ("item.json", "user2id", "item2id", "stats.json")}
-    written |= {split: folder / f"{name}.{split}.inter" for split in SPLITS}
-    record = runs.begin(
-        options,
-        "preprocess",
-        files=list(written.values()),
-        record=folder / f"{name}.preprocess.run.json",
-        inputs=files,
-    )
-    if record.complete:
-        return
-    from preprocess.dataset import build
-
-    build(options, read(), written)
-    record.finish()
 
 
 def name_of(options: PreprocessOptions, path: str | Path) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 from minionerec.common.errors import UserError
 from minionerec.common.files import require_file
 from minionerec.common.options import RUNTIME, option, run
-from preprocess.options import PreprocessOptions, name_of, preprocess
+from preprocess.options import PreprocessOptions, name_of
+from preprocess.stage import preprocess
 
 USUAL = {  # the names of RecBole's own data sets, in order of preference
     "title": ("title", "movie_title", "item_title", "name", "item_name", "product_name", "book_title", "track_name"),

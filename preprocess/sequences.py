@@ -14,7 +14,8 @@ from pathlib import Path
 from minionerec.common.errors import UserError
 from minionerec.common.files import read_json, require_file
 from minionerec.common.options import RUNTIME, option, run
-from preprocess.options import PreprocessOptions, name_of, preprocess
+from preprocess.options import PreprocessOptions, name_of
+from preprocess.stage import preprocess
 
 
 @dataclass

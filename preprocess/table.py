@@ -14,8 +14,9 @@ from typing import Literal
 from minionerec.common.errors import UserError
 from minionerec.common.files import require_file
 from minionerec.common.options import RUNTIME, option, run
-from preprocess.options import PreprocessOptions, name_of, preprocess
+from preprocess.options import PreprocessOptions, name_of
 from preprocess.recbole import USUAL, cleaned, column_of
+from preprocess.stage import preprocess
 
 SEPARATORS = {"comma": ",", "tab": "\t", "semicolon": ";", "pipe": "|", "blank": " "}
 

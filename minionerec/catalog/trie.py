@@ -167,6 +167,15 @@ class Trie(NamedTuple):
         total = torch.cat([total.new_zeros((*total.shape[:-1], 1)), total], dim=-1)
         return self._replace(reachable=total[..., self.last] - total[..., self.first])
 
+    def without(self, excluded: Sequence[Sequence[int]] | None) -> "Trie":
+        """The trie without the leaves `excluded` of each prompt, rows of SIDs; None, or nothing but empty lists: itself."""
+        if not any(excluded or ()):
+            return self
+        left = torch.ones(len(excluded), self.n_leaves, dtype=torch.bool)
+        for prompt, rows in enumerate(excluded):
+            left[prompt, rows] = False
+        return self.restrict(left.to(self.order.device))
+
     def walk(self, tokens: torch.Tensor) -> torch.Tensor:
         """The node before each token of each sequence, and the one after the last.
 

@@ -59,14 +59,14 @@ class TransformersEngine(NamedTuple):
     space: str = "vocab"
 
     def beam_search(self, prompts, num_beams, *, exclusions=(None,), temperature=1.0, length_penalty=0.0):
-        tries = [without(self.trie, excluded) for excluded in exclusions]
+        tries = [self.trie.without(excluded) for excluded in exclusions]
         options = {"temperature": temperature, "length_penalty": length_penalty, "space": self.space}
         return self._evaluating(beam_searches, tries, prompts, num_beams, **options)
 
     def sample(self, prompts, num_samples, *, temperature=1.0, top_p=1.0, seed=0, excluded=None):
         generator = torch.Generator(self.model.device).manual_seed(seed)
         options = {"temperature": temperature, "top_p": top_p, "space": self.space, "generator": generator}
-        return self._evaluating(sample, without(self.trie, excluded), prompts, num_samples, **options)
+        return self._evaluating(sample, self.trie.without(excluded), prompts, num_samples, **options)
 
     def sync(self, weights) -> None:
         pass
@@ -78,16 +78,6 @@ class TransformersEngine(NamedTuple):
         found = generate(self.model, tries, ids, mask, count, **options)
         self.model.train(was_training)
         return found
-
-
-def without(trie: Trie, excluded: Excluded) -> Trie:
-    """The trie without each prompt's excluded rows."""
-    if excluded is None or not any(excluded):
-        return trie
-    allowed = torch.ones(len(excluded), trie.n_leaves, dtype=torch.bool)
-    for prompt, rows in enumerate(excluded):
-        allowed[prompt, rows] = False
-    return trie.restrict(allowed.to(trie.order.device))
 
 
 def recommend(

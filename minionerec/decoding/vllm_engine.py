@@ -30,7 +30,6 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Proces
 from minionerec.catalog.trie import Allowed, Trie
 from minionerec.common.errors import UserError
 from minionerec.decoding.beam_search import Beams, refuse_broken, search
-from minionerec.decoding.engine import without
 from minionerec.decoding.spaces import SPACES
 from minionerec.decoding.trie_logits import Exclusions, constrain, reach
 
@@ -219,13 +218,13 @@ class VLLMEngine:
         for excluded in exclusions:
             frontier = _Frontier(self, prompts, excluded or [()] * len(prompts), num_beams, temperature)
             with self._awake():
-                beams = search(frontier, without(self.trie, excluded), len(prompts), num_beams, length_penalty)
+                beams = search(frontier, self.trie.without(excluded), len(prompts), num_beams, length_penalty)
             found.append(Beams(*(values.to(self.device) for values in beams)))
         return found
 
     def sample(self, prompts, num_samples, *, temperature=1.0, top_p=1.0, seed=0, excluded=None):
         self._check_lengths(prompts)
-        if not without(self.trie, excluded).reachable[..., 0].all():
+        if not self.trie.without(excluded).reachable[..., 0].all():
             raise ValueError("the restriction leaves a prompt no SID to draw")
         seeds = np.random.default_rng(seed).integers(2**62, size=len(prompts)).tolist()
         requests = [

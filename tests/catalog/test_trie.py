@@ -128,6 +128,14 @@ def test_restricting_leaves_the_subset(seed):
     assert reachable_sequences(restricted.restrict(torch.ones(60, dtype=torch.bool))) == list(range(60))
 
 
+def test_each_prompt_loses_its_excluded_rows():
+    trie = Trie.build(random_sequences(60, 0))
+    restricted = trie.without([[3, 59], [], range(50)])
+    for prompt, left in enumerate([sorted({*range(60)} - {3, 59}), list(range(60)), list(range(50, 60))]):
+        assert reachable_sequences(restricted, prompt) == left
+    assert trie.without(None) is trie and trie.without([[], []]) is trie
+
+
 def test_walking_sequences_back():
     sequences = random_sequences(60, seed=4)
     trie = Trie.build(sequences)

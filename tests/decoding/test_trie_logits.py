@@ -8,7 +8,6 @@ import torch
 from decoding.small_models import MIXED, VOCABULARY, random_sids
 
 from minionerec.catalog.trie import Trie
-from minionerec.decoding.engine import without
 from minionerec.decoding.trie_logits import Exclusions, State, constrain, reach
 
 SIDS = random_sids(80) + [(30,), (31, 50), (31, 51, 0, 90)]
@@ -62,7 +61,7 @@ def test_excluded_sids_are_closed_as_in_a_restricted_trie(sids):
     trie, generator = Trie.build(sids), torch.Generator().manual_seed(0)
     excluded = [(), (2,), tuple(range(len(sids) - 1)), tuple(range(len(sids))), tuple(range(0, len(sids), 2))]
     table = Exclusions(trie).table(excluded)
-    restricted = without(trie, excluded)
+    restricted = trie.without(excluded)
     nodes = torch.randint(len(trie.leaf), (len(excluded), 40), generator=generator)
     allowed = restricted.allowed(nodes)
     logits = torch.randn(len(excluded), VOCABULARY, generator=generator)
