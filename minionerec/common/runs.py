@@ -79,6 +79,7 @@ class Run:
     claims: tuple = ("", (), ())  # folder, writes and files as `begin` got them: what a start may have written
     before: bytes | None = None  # the record's content when this run began
     moved: Sequence[tuple[Path, Path]] = ()  # an older result: (where it was, where it is)
+    had_log: bool = False  # a log that this run did not begin
     made: Sequence[Path] = ()  # folders that were made for the record, the innermost first
 
     @property
@@ -107,9 +108,8 @@ class Run:
             return
         if self.before is None or self.moved:
             self.path.unlink(missing_ok=True)
-            (self.path.parent / LOG_FILE).unlink(
-                missing_ok=True
-            )  # of a training that diverged before its first checkpoint
+            if self.claims[0] and not self.had_log:  # that of a training that diverged before its first checkpoint
+                (self.path.parent / LOG_FILE).unlink(missing_ok=True)
         else:
             with atomic_file(self.path, "wb") as f:
                 f.write(self.before)
@@ -177,10 +177,11 @@ def begin(
         "seconds_before": seconds,
     }
     before = path.read_bytes() if path.is_file() else None
+    had_log = (path.parent / LOG_FILE).exists()
     made = [parent for parent in path.parents if not parent.exists()]
     write_json(path, new)
     say(f"{stage}: {'resumes' if state == 'resume' else 'writes'} {folder or ', '.join(map(str, files[:1]))}")
-    run = Run(state, path, new, files, writes, (folder, writes, files), before, moved, made)
+    run = Run(state, path, new, files, writes, (folder, writes, files), before, moved, had_log, made)
     WITHDRAWALS.append(run.withdraw)
     return run
 
@@ -204,10 +205,8 @@ def announce(options, stage: str, inputs: Mapping[str, str | Path]) -> None:
     paths = [getattr(options, field.name) for field in fields if role_of(field) == INPUT] + list(inputs.values())
     flat = [part for path in paths if path for part in (path if isinstance(path, list | tuple) else [path])]
     say(f"{stage}: reads {', '.join(dict.fromkeys(map(relative, flat)))}")
-    for field in fields:
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if getattr(options, field.name) != default:
-            detail(f"{stage}: --{field.name} {getattr(options, field.name)}")
+    for name, value in changed_options(options).items():
+        detail(f"{stage}: --{name} {value}")
 
 
 def relative(path: str | Path) -> str:

@@ -193,7 +193,7 @@ def test_a_result_of_files(options, tmp_path):
 # ------------------------------------------------------------------------------------------------ refused starts
 
 
-def refused(options, action=lambda: None) -> None:
+def refused(options, action=lambda: None, begin=begin) -> None:
     """A stage that begins, does something and finds an error of the user."""
 
     def main(_):
@@ -235,6 +235,20 @@ def test_a_refused_start_keeps_the_record_of_an_unfinished_run(options, tmp_path
     assert snapshot(tmp_path) == before
     refused(options, lambda: write(options))
     assert not record(options)["complete"] and begin(options).resume  # results are there: the run can be resumed
+
+
+def test_a_refused_start_keeps_logs_that_it_did_not_begin(options, tmp_path):
+    """Of a training in whose folder another stage writes a file, and of a folder that holds nothing else."""
+    log, file = tmp_path / "out" / "log.jsonl", tmp_path / "out" / "p.json"
+    log.parent.mkdir()
+    log.write_text("another training's")
+    before = snapshot(tmp_path)
+    refused(
+        options, begin=lambda given: runs.begin(given, "evaluate", files=[file], record=file.with_suffix(".run.json"))
+    )
+    assert snapshot(tmp_path) == before
+    refused(options)
+    assert snapshot(tmp_path) == before
 
 
 def test_a_finished_run_is_not_withdrawn(options, tmp_path):
