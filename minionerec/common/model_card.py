@@ -15,7 +15,7 @@ from minionerec.common import runs
 from minionerec.common.console import note
 from minionerec.common.files import atomic_file
 from minionerec.common.text import printable
-from minionerec.common.tracking import LOG_FILE
+from minionerec.common.tracking import read_log
 
 TEST, END = "<!-- test metrics -->", "<!-- end of test metrics -->"
 NO_TEST = "Not evaluated on test rows yet."
@@ -160,9 +160,7 @@ def validation(folder: Path, test: Mapping | None) -> str:
         return table(
             ("metric", "value"), [(name, f"{test['valid'][name]:.4f}") for name in SHOWN if name in test["valid"]]
         )
-    path = folder / LOG_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    entries = [entry for entry in map(json.loads, lines) if any(name.startswith("eval_") for name in entry)]
+    entries = [entry for entry in read_log(folder) if any(name.startswith("eval_") for name in entry)]
     names = ["step", "eval_loss", *(f"eval_{name}" for name in SHOWN)]
     names = [name for name in names if any(name in entry for entry in entries)]
     if not entries:

@@ -55,8 +55,15 @@ class TrainingLog:
     """Entries {"step": 120, "loss": 0.0154, "eval_NDCG@10": 0.0723, …}: a line of `log.jsonl` and a step of the tracker."""
 
     def __init__(self, options: TrackedOptions, folder: str | Path, earlier: Iterable[Mapping] = ()):
-        """earlier: the entries up to where a killed training is resumed; later ones will come again."""
+        """earlier: the entries up to where a killed training is resumed; later ones will come again.
+
+        Raises `UserError` where the folder has a `log.jsonl` that is no log of a training.
+        """
         self.path, earlier = Path(folder) / LOG_FILE, list(earlier)
+        if self.path.exists() and None in _entries(self.path):
+            raise UserError(
+                f"{self.path}: no log of a training, and would be overwritten; move it or choose another folder"
+            )
         if earlier or self.path.exists():
             with atomic_file(self.path) as f:
                 f.writelines(json_line(entry) for entry in earlier)
@@ -75,19 +82,24 @@ class TrainingLog:
             self.tracker.close()
 
 
-def read_log(folder: str | Path, last_step: int) -> list[dict]:
-    """The entries of a folder's log up to `last_step`; none where there is no log. A line cut by a kill is left out."""
-    try:
-        lines = (Path(folder) / LOG_FILE).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
+def read_log(folder: str | Path, last_step: float = math.inf) -> list[dict]:
+    """The entries of a folder's log up to `last_step`; none where there is no log."""
+    path = Path(folder) / LOG_FILE
+    entries = _entries(path) if path.exists() else []
+    return [entry for entry in entries if entry is not None and entry["step"] <= last_step]
+
+
+def _entries(path: Path) -> list[dict | None]:
+    """The entry of each line, None for a line that is none. The last line is left out if a kill has cut it."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     entries = []
     for line in lines:
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:
-            continue
-    return [entry for entry in entries if entry.get("step", 0) <= last_step]
+            entry = None
+        entries.append(entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None)
+    return entries
 
 
 def json_line(entry: Mapping) -> str:

@@ -1,6 +1,5 @@
 """What the stages have left in an output folder of run.sh, read for the report. What is missing is empty."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from minionerec.common import runs
-from minionerec.common.tracking import LOG_FILE
+from minionerec.common.tracking import LOG_FILE, read_log
 
 if TYPE_CHECKING:
     import polars as pl
@@ -56,7 +55,9 @@ class Output:
     def logs(self) -> dict[str, list[dict]]:
         """{training: what it has logged}."""
         return {
-            path.parent.name: read_log(path) for path in sorted(self.folder.glob(f"*/{LOG_FILE}")) if is_current(path)
+            path.parent.name: read_log(path.parent)
+            for path in sorted(self.folder.glob(f"*/{LOG_FILE}"))
+            if is_current(path)
         }
 
     @cached_property
@@ -108,20 +109,7 @@ def is_current(path: Path) -> bool:
     return not path.parent.suffix[1:].isdigit()
 
 
-def read_log(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines; lines that are none are left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict):
-            found.append(content)
-    return found
-
-
 def curve(log: list[dict], name: str) -> list[tuple[float, float]]:
     """(step, value) of what was logged under `name`."""
-    numbers = [entry for entry in log if isinstance(entry.get(name), int | float) and "step" in entry]
+    numbers = [entry for entry in log if isinstance(entry.get(name), int | float)]
     return [(entry["step"], entry[name]) for entry in numbers if np.isfinite(entry[name])]

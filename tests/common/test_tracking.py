@@ -47,6 +47,15 @@ def test_no_entry_no_file(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 
+@pytest.mark.parametrize("content", ["words\n", '{"step": 1}\n[1]\n', '{"loss": 1}\n'])
+def test_a_file_that_is_no_log_is_not_overwritten(tmp_path, content):
+    (tmp_path / "log.jsonl").write_text(content)
+    with pytest.raises(UserError, match="log.jsonl: no log of a training, and would be overwritten; move it or choose"):
+        TrainingLog(TrackedOptions(), tmp_path)
+    assert (tmp_path / "log.jsonl").read_text() == content
+    assert len(read_log(tmp_path)) == content.count("step")
+
+
 @pytest.mark.parametrize("script", ["sft", "rl", "sasrec", "rq.rqvae", "rq.rqkmeans_plus"])
 def test_every_training_takes_the_same_options(script):
     options = importlib.import_module(script).Options
