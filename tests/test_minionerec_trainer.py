@@ -719,10 +719,17 @@ def test_rl_learns_a_known_best_policy(policy, world, tmp_path, settings):
     learns_a_known_best_policy(policy, world, tmp_path, **settings)
 
 
+LOSSES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo", "gspo")
+MODES = ({}, {"beams": False}, {"dynamic_sampling": True, "beams": False})
+SPACES = ("vocab", "catalog")  # each loss and each mode meets both
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("space", ["vocab", "catalog"])
-@pytest.mark.parametrize("mode", [{}, {"beams": False}, {"dynamic_sampling": True, "beams": False}], ids=str)
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo", "gspo"])
+@pytest.mark.parametrize(
+    "loss_type, mode, space",
+    [(loss, mode, SPACES[(i + j) % 2]) for i, loss in enumerate(LOSSES) for j, mode in enumerate(MODES)],
+    ids=str,
+)
 def test_every_loss_and_mode_learns(policy, world, tmp_path, loss_type, mode, space):
     settings = {"loss_type": loss_type, "space": space, "epsilon_high": 5.0 if loss_type == "cispo" else None}
     if loss_type in ("gspo", "luspo"):

@@ -5,8 +5,10 @@ one output, and an error of the user ends both with one line and exit code 2. Tw
 shell/slurm.sh starts a launcher on every node of a job with the variables that say so.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,10 +32,16 @@ def start_nodes(environment: dict, port: str, launcher: str = "sft.sh") -> list[
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         for rank in range(2)
     ]
-    outputs = [node.communicate(timeout=400) for node in nodes]
+    try:
+        outputs = [node.communicate(timeout=240) for node in nodes]
+    finally:  # nodes that wait for each other without end leave no process behind
+        for node in nodes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
     return [(node.returncode, *output) for node, output in zip(nodes, outputs, strict=True)]
 
 

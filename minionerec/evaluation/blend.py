@@ -10,12 +10,11 @@ the catalog the blend ranks every item. Weights are the same for all users or di
 Generative scores are those without exclusions, in space `catalog`; a seen item leaves the candidates of its user.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minionerec.catalog.catalog import Catalog
 from minionerec.catalog.trie import Trie
@@ -101,27 +100,28 @@ def collect(
     count: int = 50,
     batch_size: int = 32,
     hidden: Sequence[Sequence[int]] | None = None,
+    beams: tuple[np.ndarray, np.ndarray] | None = None,
+    progress: Callable[[int], object] = lambda users: None,
 ) -> dict[str, Candidates]:
     """Candidates of each user under each protocol: `{"all": …, "unseen": …}`, in the order of `prompts`.
 
     histories: all items that each user has, oldest first; baselines: models with `scores(histories)`, (users, items);
     count: beams, and best items of each baseline, under either protocol; hidden: items that users do not get under
-    "unseen", by default those of their histories.
+    "unseen", by default those of their histories; beams: (rows, scores) of each prompt, (users, n), where a search without
+    exclusions in space `catalog` has found them before; progress: called with the users of each batch.
     """
     tokens = tokenizer(list(prompts))["input_ids"]
     paths, device, parts = sid_paths(trie), model.device, {"all": {}, "unseen": {}}
     model.eval()
-    for batch in tqdm(
-        length_batches([len(t) for t in tokens], batch_size, 1 << 14),
-        desc="blend",
-        mininterval=2,
-        disable=len(tokens) <= batch_size,
-    ):
+    for batch in length_batches([len(t) for t in tokens], batch_size, 1 << 14):
         ids, mask = left_pad([tokens[user] for user in batch], tokenizer.pad_token_id or 0, device)
         seen = [histories[user] for user in batch]
         out = seen if hidden is None else [hidden[user] for user in batch]
-        beams = beam_search(model, trie, ids, mask, count, space="catalog")
-        rows, scores = beams.row.cpu().numpy(), beams.score.cpu().numpy()
+        if beams is None:
+            best = beam_search(model, trie, ids, mask, count, space="catalog")
+            rows, scores = best.row.cpu().numpy(), best.score.cpu().numpy()
+        else:
+            rows, scores = (each[batch] for each in beams)
         others = [baseline.scores(seen).cpu().numpy() for baseline in baselines]
         tops = [top_rows(each, catalog, count, excluded) for each in others for excluded in (None, out)]
         missing = missing_rows(rows, np.concatenate(tops, axis=1), len(catalog.sids))
@@ -130,6 +130,7 @@ def collect(
         for name, excluded in (("all", None), ("unseen", out)):
             found = gather(rows, scores, others, catalog, excluded)
             parts[name] |= {user: tuple(part[i] for part in found) for i, user in enumerate(batch)}
+        progress(len(batch))
     return {name: _stacked(users) for name, users in parts.items()}
 
 

@@ -70,14 +70,16 @@ def illegal(predicted: np.ndarray, catalog: "Catalog") -> int:
     return int(repeated.sum() + ((predicted < -1) | (predicted >= len(catalog.sids))).sum())
 
 
-def ranks_of_scores(scores: np.ndarray, targets: Sequence[int]) -> np.ndarray:
-    """Rank of each target under `scores` (rows, items); of equal scores the lower id is first. Refuses NaN."""
-    if np.isnan(scores).any():
+def ranks_of_scores(scores: np.ndarray, targets: Sequence[int], order: np.ndarray | None = None) -> np.ndarray:
+    """Rank of each target under `scores` (rows, items). Refuses NaN.
+
+    order: (items,) of equal scores the lower value is first; by default the id.
+    """
+    if scores.size and np.isnan(scores.min()):
         raise ValueError(f"scores of row {int(np.isnan(scores).any(axis=1).argmax())} contain NaN")
-    rows = np.arange(len(scores))
-    own = scores[rows, targets][:, None]
-    earlier = np.arange(scores.shape[1]) < np.asarray(targets)[:, None]
-    return ((scores > own) | ((scores == own) & earlier)).sum(axis=1)
+    order, targets = np.arange(scores.shape[1]) if order is None else order, np.asarray(targets)
+    own = scores[np.arange(len(scores)), targets][:, None]
+    return (scores > own).sum(axis=1) + ((scores == own) & (order < order[targets][:, None])).sum(axis=1)
 
 
 def table(ranks: np.ndarray, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:
@@ -104,10 +106,9 @@ def bootstrap(ranks: np.ndarray, seed: int, cutoffs: Sequence[int] = CUTOFFS, ro
     # Rows with equal ranks are interchangeable: drawing rows is drawing counts of distinct ranks.
     distinct, counts = np.unique(ranks, return_counts=True)
     drawn = rng.multinomial(len(ranks), counts / len(ranks), size=rounds) / len(ranks)  # (rounds, distinct)
-    values = [table(np.array([rank]), cutoffs) for rank in distinct]
     return {
-        name: [float(x) for x in np.percentile(drawn @ np.array([v[name] for v in values]), [2.5, 97.5])]
-        for name in values[0]
+        name: [float(x) for x in np.percentile(drawn @ values, [2.5, 97.5])]
+        for name, values in values_of(distinct, cutoffs).items()
     }
 
 

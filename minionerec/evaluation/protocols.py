@@ -74,19 +74,25 @@ def of_scores(
         lengths = [len(items) for items in seen]
         scores[np.repeat(np.arange(len(scores)), lengths), np.concatenate([[], *seen]).astype(np.int64)] = -np.inf
     item = _ranks(scores, targets)
-    if len(catalog.sids) == catalog.n_items:  # each item has its own SID, in the same order
-        sid = item
-    else:
-        starts = np.cumsum([0] + [len(items) for items in catalog.items_of_sid[:-1]])
-        sid_scores = np.maximum.reduceat(scores[:, np.concatenate(catalog.items_of_sid)], starts, axis=1)
-        sid = _ranks(sid_scores, catalog.sid_of_item[targets])
+    sid = item if len(catalog.sids) == catalog.n_items else _sid_ranks(scores, targets, catalog)
     return Ranks(item, sid, _first_places(scores))
 
 
-def _ranks(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def _ranks(scores: np.ndarray, targets: np.ndarray, order: np.ndarray | None = None) -> np.ndarray:
     """`ranks_of_scores`, and `MISSED` where the target's score is -inf."""
     missed = scores[np.arange(len(scores)), targets] == -np.inf
-    return np.where(missed, MISSED, ranks_of_scores(scores, targets))
+    return np.where(missed, MISSED, ranks_of_scores(scores, targets, order))
+
+
+def _sid_ranks(scores: np.ndarray, targets: np.ndarray, catalog: Catalog) -> np.ndarray:
+    """As `_ranks`, of the targets' SIDs: the first item of a SID gets the SID's best score, the others none."""
+    shared = [items for items in catalog.items_of_sid if len(items) > 1]
+    items, starts = np.concatenate(shared), np.cumsum([0] + [len(items) for items in shared[:-1]])
+    best = scores.copy()
+    best[:, items] = -np.inf
+    best[:, items[starts]] = np.maximum.reduceat(scores[:, items], starts, axis=1)
+    first = np.array([items[0] for items in catalog.items_of_sid])
+    return _ranks(best, first[catalog.sid_of_item[targets]], catalog.sid_of_item)
 
 
 def _first_places(scores: np.ndarray) -> np.ndarray:
