@@ -17,7 +17,8 @@ def require_file(path: str | Path, flag: str) -> Path:
         raise UserError(f"--{flag} is required")
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder; check --{flag}")
+        where = "" if path.is_absolute() else f" (in {Path.cwd()})"
+        raise UserError(f"{path}: no such file or folder; check --{flag}{where}")
     return path
 
 

@@ -120,7 +120,9 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise UserError(f"{self.prog}: {message}; `{self.prog} --help` lists the options")
+        module = getattr(sys.modules["__main__"].__spec__, "name", "")  # of python -m
+        command = f"python -m {module}" if module else self.prog
+        raise UserError(f"{self.prog}: {message}; `{command} --help` lists the options")
 
 
 def _bool(text: str) -> bool:

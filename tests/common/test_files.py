@@ -6,6 +6,7 @@ where writing fails half-way or the disk is full; nothing is left in the folder 
 
 import json
 import os
+import re
 import subprocess
 
 import pytest
@@ -21,6 +22,8 @@ def test_require_file(tmp_path):
         require_file("", "flag")
     with pytest.raises(UserError, match="none: no such file or folder; check --flag"):
         require_file(tmp_path / "none", "flag")
+    with pytest.raises(UserError, match=rf"none: .*; check --flag \(in {re.escape(os.getcwd())}\)$"):
+        require_file("none", "flag")
 
 
 BAD = {

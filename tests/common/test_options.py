@@ -250,4 +250,4 @@ def test_exit_codes(error, code):
 def test_debug_adds_the_traceback():
     done = run_stage("sasrec.py", "--train_file", "none", "--debug", check=False)
     assert done.returncode == 2 and "Traceback" in done.stderr
-    assert done.stderr.endswith("error: none: no such file or folder; check --train_file\n")
+    assert done.stderr.endswith(f"error: none: no such file or folder; check --train_file (in {ROOT})\n")
