@@ -196,9 +196,11 @@ def filtered(options: PreprocessOptions, source: Source):
     rating = None
     if options.drop_repeats != "none":
         keep(f"without repeats ({options.drop_repeats})", _first(user, item, time, options.drop_repeats, source.unit))
-    if source.texts is not None and options.untitled != "keep":
+    if source.texts is not None:
         titled = _titled(options, source.texts, items, item)
-        if not titled.all():
+        if options.untitled == "keep":
+            say(f"{int((~titled).sum())} of {len(titled)} items have no title; their ids are their titles")
+        elif not titled.all():
             keep("with a title", titled[item])
     if options.k_core > 1:
         mask, rounds = splits.k_core(user, item, options.k_core)
@@ -220,9 +222,17 @@ def _first(user: np.ndarray, item: np.ndarray, time: np.ndarray, which: str, uni
 
 
 def _titled(options: PreprocessOptions, texts: pl.DataFrame, items: pl.Series, item: np.ndarray) -> np.ndarray:
-    """Which of `items` have a title. Raises `UserError` where --untitled is refuse and an interaction's item has none."""
+    """Which of `items` have a title.
+
+    Raises `UserError` where none has, and where --untitled is refuse and an interaction's item has none.
+    """
     known = texts.filter(pl.col("title").str.strip_chars() != "")["item"]
     titled = items.is_in(known.implode()).to_numpy()
+    if not titled.any() and len(items) and len(texts):
+        raise UserError(
+            f"none of the {len(items)} items has a title; the first is {items[0]}, the first with a text {texts['item'][0]}; "
+            "give item texts with the same ids"
+        )
     if options.untitled == "refuse" and not (found := titled[item]).all():
         first = items[int(item[~found][0])]
         raise UserError(
@@ -295,6 +305,8 @@ def _say(found: dict) -> None:
         say("the source has no times: interactions stay in file order")
     say(f"split {split['kind']}; {split['users_left_out']} users have too few interactions for it")
     say("\n".join(f"{name}: {count} samples" for name, count in split["samples"].items()))
+    if not split["samples"]["train"]:
+        say("warning: no train samples; the later stages need users with more interactions")
     tested = max(1, split["samples"]["test"])
     say(
         f"test targets: {split['test_targets_not_in_train'] / tested:.1%} not in train, "

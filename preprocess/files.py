@@ -20,7 +20,11 @@ from minionerec.common.files import require_file
 from preprocess.dataset import UNITS, Faults, unit_of
 
 LATEST = 4_102_444_800  # seconds: the year 2100
-DATES = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d")
+DATES = (
+    "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M", "%Y-%m-%d",
+    "%Y/%m/%d %H:%M:%S", "%Y/%m/%d",
+)  # fmt: skip
+ZONED = "%+"  # with Z or an offset: 2016-10-31T12:00:00Z, 2016-10-31T12:00:00+01:00
 
 
 class Columns(NamedTuple):
@@ -109,7 +113,7 @@ def read_log(
 ) -> tuple[pl.DataFrame, str]:
     """(log, unit of its times): columns user, item (Categorical), time and rating of a delimited file, in file order.
 
-    unit: of the times; empty: told by their size; "date": texts like 2016-10-31. earliest: seconds; where the unit is one
+    unit: of the times; empty: told by their form and size; "date": texts like 2016-10-31. earliest: seconds; where the unit is one
     of time, other times must be later than that and before 2100. header: names of the columns of a file without a header.
     Without a time column all times are 0.
     """
@@ -130,8 +134,10 @@ def read_log(
 def require_columns(lazy: pl.LazyFrame, columns: Columns, path: Path, flag: str) -> None:
     """Raise `UserError` for a column that is not there."""
     found = lazy.collect_schema().names()
-    for name in columns:
+    for kind, name in columns._asdict().items():
         if name and name not in found:
+            if flag == "file":  # of preprocess.table
+                flag = f"{kind}_column" if len(found) > 1 else f"{kind}_column and --separator"
             raise UserError(f"{path}: no column {name!r}, found {found[:20]}; check --{flag}")
 
 
@@ -154,11 +160,13 @@ def usable(
     cell(row, column) says where a cell is and what it holds. blank: rows that are no records.
     """
     blank = pl.lit(False) if blank is None else blank
+    dates = unit == "date" or (not unit and _are_dates(lazy, columns.time))
+    unit = "date" if dates else unit
     chosen = _expressions(lazy, columns, unit)
     table = lazy.select(*chosen, blank=blank).collect(engine="streaming")
     blank = table["blank"]
     table = table.drop("blank")
-    unit = "us" if unit == "date" else unit
+    unit = "us" if dates else unit
     faults.records += len(table) - int(blank.sum())
     if not columns.time:
         unit = ""
@@ -173,7 +181,8 @@ def usable(
         if name in ("time", "rating") and table[name].dtype == pl.Float64:
             wrong |= ~table[name].is_finite().fill_null(False)
         if name == "time" and columns.time:
-            expected = f"a time stamp in {unit}" if unit in UNITS else "a number"
+            expected = f"a time stamp in {unit}" if unit in UNITS else "a number or a date like 2016-10-31"
+            expected = "a date like 2016-10-31 or 2016-10-31T12:00:00" if dates else expected
             if unit in UNITS and earliest:
                 wrong |= ~table["time"].is_between(earliest * UNITS[unit], LATEST * UNITS[unit]).fill_null(False)
         wrong &= ~bad
@@ -200,12 +209,21 @@ def _expressions(lazy: pl.LazyFrame, columns: Columns, unit: str) -> list[pl.Exp
         chosen.append(time.cast(pl.Datetime("us")).to_physical().alias("time"))
     elif unit == "date":
         texts = [time.str.strptime(pl.Datetime("us"), form, strict=False) for form in DATES]
+        texts.append(time.str.strptime(pl.Datetime("us", "UTC"), ZONED, strict=False).dt.replace_time_zone(None))
         chosen.append(pl.coalesce(texts).to_physical().alias("time"))
     else:
         chosen.append(time.cast(_number_type(lazy, columns.time), strict=False).alias("time"))
     if columns.rating:
         chosen.append(pl.col(columns.rating).cast(pl.Float64, strict=False).alias("rating"))
     return chosen
+
+
+def _are_dates(lazy: pl.LazyFrame, column: str) -> bool:
+    """Whether the first time that is there is a text like 2016-10-31."""
+    if not column or lazy.collect_schema()[column] != pl.String:
+        return False
+    first = lazy.select(column).drop_nulls().head(1).collect()
+    return bool(first[column].str.contains(r"^\d{4}[-/]\d\d?[-/]\d").any())
 
 
 def _number_type(lazy: pl.LazyFrame, column: str) -> pl.DataType:

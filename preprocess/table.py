@@ -29,7 +29,7 @@ class Options(PreprocessOptions):
     item_column: str = option("item_id", "column of the item, in both tables")
     time_column: str = option("timestamp", "column of the time; none: rows are in time order")
     time_unit: Literal["auto", "s", "ms", "us", "ns", "date"] = option(
-        "auto", "of the time column; auto: told by the size of the numbers; date: texts like 2016-10-31 12:00:00"
+        "auto", "of the time column; auto: detected from its values; date: texts like 2016-10-31 or 2016-10-31T12:00:00Z"
     )
     rating_column: str = option("rating", "column of the rating, used by --min_rating")
     title_column: str = option("", "column of the title; default: a usual name")
@@ -38,7 +38,8 @@ class Options(PreprocessOptions):
     categories_column: str = option("", "column of the categories")
     column_names: list[str] = option([], "names of all columns of --file, if it has no header")
     separator: Literal["auto", "comma", "tab", "semicolon", "pipe", "blank"] = option(
-        "auto", "between cells; auto: tab for .tsv, .txt and .inter, else comma"
+        "auto",
+        "between cells; auto: tab for .tsv, .txt and .inter, else comma, or semicolon if the first line has no comma",
     )
 
 
@@ -47,12 +48,20 @@ def is_parquet(path: Path) -> bool:
         return f.read(4) == b"PAR1"
 
 
-def form_of(options: Options, path: Path) -> dict:
+def form_of(options: Options, path: Path, flag: str) -> dict:
     """Separator and quote of a delimited file. Tabs come without quotes, all others with them."""
+    from preprocess.files import open_binary, require_text
+
     name = path.name.removesuffix(".gz")
-    tab = name.endswith((".tsv", ".txt", ".inter")) if options.separator == "auto" else options.separator == "tab"
-    separator = "\t" if tab else SEPARATORS.get(options.separator, ",")
-    return {"separator": separator, "quote_char": None if tab else '"'}
+    separator = SEPARATORS.get(options.separator, ",")
+    if options.separator == "auto":
+        with open_binary(require_text(path, flag)) as f:
+            first = f.read(4096).partition(b"\n")[0]  # what `require_text` could read
+        if name.endswith((".tsv", ".txt", ".inter")):
+            separator = "\t"
+        elif b";" in first and b"," not in first:
+            separator = ";"
+    return {"separator": separator, "quote_char": None if separator == "\t" else '"'}
 
 
 def read_interactions(options: Options, faults):
@@ -68,7 +77,7 @@ def read_interactions(options: Options, faults):
     unit = "" if options.time_unit == "auto" else options.time_unit
     earliest = 1 if unit not in ("", "date") else 0
     if not is_parquet(path):
-        form = form_of(options, path) | {"header": options.column_names or None}
+        form = form_of(options, path, "file") | {"header": options.column_names or None}
         return read_log(path, "file", columns, faults, unit=unit, earliest=earliest, **form)
 
     def cell(row: int, name: str) -> str:
@@ -100,10 +109,12 @@ def read_items(options: Options):
         joined = [name for name, kind in table.schema.items() if kind == pl.List(pl.String)]
         table = table.with_columns(pl.col(joined).list.join(", ")).cast(pl.String, strict=False)
     else:
-        table = read_csv(path, "items_file", **form_of(options, path))
+        table = read_csv(path, "items_file", **form_of(options, path, "items_file"))
     item, found = options.item_column, table.columns[1:]
     if item not in found:
-        raise UserError(f"{path}: no column {item!r}, found {found}; check --item_column")
+        raise UserError(
+            f"{path}: no column {item!r}, found {found}; check --item_column; the ids need the same name in both tables"
+        )
     refuse_rows(table, pl.col(item).is_null(), item, path, "an id")
     refuse_rows(table, ~pl.col(item).is_first_distinct(), item, path, "each item once")
     columns = {name: column_of(name, options, found, path) for name in USUAL}

@@ -36,7 +36,9 @@ def read_sequences(
         if column not in table.columns:
             raise UserError(f"{path}: no column {column!r}, found {table.columns[1:]}; run convert_dataset.sh again")
     if not len(table):
-        raise UserError(f"{path}: found no rows, expected at least one; run convert_dataset.sh again")
+        raise UserError(
+            f"{path}: found no rows, expected at least one; the data may have too few interactions per user"
+        )
 
     def refuse(bad: pl.Series, column: str, expected: str) -> None:
         refuse_rows(table, bad, column, path, expected)

@@ -58,6 +58,34 @@ def test_named_columns_and_separators(tmp_path):
     assert inter(tmp_path) == EXPECTED
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
+def test_a_semicolon_is_found_in_the_first_line(tmp_path, name):
+    data = csv_of([(f"{user},1", *row) for user, *row in ROWS], separator=";").encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (tmp_path / "i.csv").write_text('item_id,title\nx,"A; B"\ny,C\nz,D\n')
+    main(options(tmp_path / name, tmp_path, items_file=str(tmp_path / "i.csv")))
+    assert inter(tmp_path) == EXPECTED
+    assert json.loads((tmp_path / "out" / "t.item.json").read_text())["0"]["title"] == "A; B"
+
+
+@pytest.mark.parametrize("time_unit", ["auto", "date"])
+@pytest.mark.parametrize(
+    "form, first",
+    [
+        ("2024-03-{:02}", "2024-03-10T00:00:00"),
+        ("2024/03/{:02}", "2024-03-10T00:00:00"),
+        ("2024-03-{:02}T12:00", "2024-03-10T12:00:00"),
+        ("2024-03-{:02}T12:00:00Z", "2024-03-10T12:00:00"),
+        ("2024-03-{:02} 12:00:00.5+01:00", "2024-03-10T11:00:00.5"),
+    ],
+)
+def test_dates_are_told_by_their_form(tmp_path, form, first, time_unit):
+    (tmp_path / "t.csv").write_text(csv_of([(user, item, form.format(time)) for user, item, time in ROWS]))
+    main(options(tmp_path / "t.csv", tmp_path, time_unit=time_unit))
+    time = stats(tmp_path)["time"]
+    assert inter(tmp_path) == EXPECTED and time["unit"] == "us" and time["first"].startswith(first)
+
+
 @pytest.mark.parametrize("unit", [*UNITS, "date", "parquet dates"])
 def test_units(tmp_path, unit):
     """Times that differ by one unit keep their order, and dates filter."""
@@ -129,13 +157,15 @@ def test_item_tables(tmp_path):
 GOOD = csv_of()
 BAD = {
     "an empty file": (b"", {}, "t.csv: the file is empty"),
-    "no such column": (GOOD, {"time_column": "when"}, "t.csv: no column 'when', found ['user_id', 'item_id', 'timestamp']"),
+    "no such column": (GOOD, {"time_column": "when"}, "t.csv: no column 'when', found ['user_id', 'item_id', 'timestamp']; check --time_column"),
+    "another separator": (csv_of(separator="|"), {}, "found ['user_id|item_id|timestamp']; check --user_column and --separator"),
+    "German dates": (csv_of([("a", "b", "01.03.2024")]), {}, "found '01.03.2024', expected a number or a date like 2016-10-31 ("),
     "a cell too many": (GOOD + "a,b,1,2\n", {}, "t.csv, row 8: found 4 cells, expected 3"),
     "no item": (GOOD + "a,,1\n", {}, "t.csv, row 8, column item_id: found '', expected an id (1 of 7 records"),
     "no time": (GOOD + "a,b\n", {}, "t.csv, row 8, column timestamp: found ''"),
     "a word as time": (GOOD + "a,b,noon\n", {}, "row 8, column timestamp: found 'noon', expected a number"),
     "an endless time": (GOOD + "a,b,inf\n", {}, "row 8, column timestamp: found 'inf'"),
-    "no date": (csv_of([("a", "b", "2016-02-30")]), {"time_unit": "date"}, "row 2, column timestamp: found '2016-02-30'"),
+    "no date": (csv_of([("a", "b", "2016-02-30")]), {"time_unit": "date"}, "row 2, column timestamp: found '2016-02-30', expected a date like"),
     "a time after 2100": (GOOD + "a,b,99999999999\n", {"time_unit": "s"}, "found '99999999999', expected a time stamp in s"),
     "a negative time": (GOOD + "a,b,-5\n", {"time_unit": "s"}, "found '-5', expected a time stamp in s"),
     "latin-1": (GOOD.encode() + b"\xe9,b,1\n", {}, "t.csv, line 8: found the byte 0xe9"),
@@ -163,7 +193,13 @@ def test_bad_tables(tmp_path, case):
     [
         ("item_id,title\nx,A\nx,B\n", {}, "i.csv, row 3, column item_id: found 'x', expected each item once"),
         ("item_id,label\nx,A\n", {}, "i.csv: no column of titles, found ['item_id', 'label']; give --title_column"),
-        ("id,title\nx,A\n", {}, "i.csv: no column 'item_id'"),
+        (
+            "id,title\nx,A\n",
+            {},
+            "i.csv: no column 'item_id', found ['id', 'title']; check --item_column; the ids need the same name",
+        ),
+        ("item_id,title\nX,A\n", {}, "none of the 3 items has a title; the first is x, the first with a text X; give"),
+        ("item_id,title\nX,A\n", {"untitled": "keep"}, "none of the 3 items has a title"),
         ("item_id,title\nx,A\n", {"brand_column": "b"}, "i.csv: no column 'b'"),
         ("item_id,title\nx,A\n", {}, "4 interactions are of items without a title, the first of item y"),
     ],
@@ -174,6 +210,13 @@ def test_bad_item_tables(tmp_path, text, changes, found):
     with pytest.raises(UserError) as refused:
         main(options(tmp_path / "t.csv", tmp_path, items_file=str(tmp_path / "i.csv"), **changes))
     assert found in str(refused.value)
+
+
+def test_items_titled_by_their_ids_are_counted(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text(GOOD)
+    (tmp_path / "i.csv").write_text("item_id,title\nx,A\ny,\n")
+    main(options(tmp_path / "t.csv", tmp_path, items_file=str(tmp_path / "i.csv"), untitled="keep"))
+    assert "2 of 3 items have no title; their ids are their titles\n" in capsys.readouterr().out
 
 
 def test_a_share_of_bad_records_is_left_out(tmp_path, capsys):
@@ -190,4 +233,7 @@ def test_a_share_of_bad_records_is_left_out(tmp_path, capsys):
 def test_the_command(tmp_path):
     (tmp_path / "t.csv").write_text(GOOD)
     done = run_stage("preprocess.table", "--file", tmp_path / "t.csv", "--output_dir", tmp_path / "out")
-    assert "train: 0 samples" in done.stdout and (tmp_path / "out" / "t.stats.json").exists()
+    assert "train: 0 samples" in done.stdout and "warning: no train samples; " in done.stdout
+    assert (tmp_path / "out" / "t.stats.json").exists()
+    done = run_stage("preprocess.table", "--time_unit", "day", check=False)
+    assert done.returncode == 2 and done.stderr.endswith("`python -m preprocess.table --help` lists the options\n")
