@@ -363,7 +363,11 @@ def main(options: Options) -> None:
     process = join_processes() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
     record = on_main_process(lambda: begin(options, outputs))
     if record.complete:
-        return show(outputs) if process is None or process.is_main_process else None
+        if process is None or process.is_main_process:
+            # training that ended with the same weights has written a new card
+            model_card.add_test(Path(options.base_model), read_json(outputs.metrics, "result_json_data"), replace=False)
+            show(outputs)
+        return
 
     from minionerec.evaluation.predictions import remove_parts
 

@@ -21,6 +21,7 @@ from helpers import ROOT, run_stage
 from safetensors.torch import load_file, save_file
 
 import evaluate
+from minionerec.common import model_card, runs
 from minionerec.common.errors import UserError
 from minionerec.decoding.engine import TransformersEngine
 from minionerec.language_model.checkpoints import Settings, save_settings
@@ -215,6 +216,15 @@ def test_a_finished_evaluation_is_not_computed_again(world, checkpoint_folder, t
     with pytest.raises(UserError, match="num_beams is 20 there and 10 now"):
         evaluate.main(options(world, checkpoint_folder, output, num_beams=10))
     assert results(output) == before
+
+
+def test_a_skipped_evaluation_completes_the_card_of_a_repeated_training(world, copied, tmp_path):
+    """Training that ends with the same weights writes a new card; the evaluation is then skipped."""
+    evaluate.main(options(world, copied, tmp_path / "p.json"))
+    card = copied / "README.md"
+    card.write_text(f"---\n---\n{runs.CARD_MARK}\n{model_card.TEST}\n{model_card.NO_TEST}\n{model_card.END}\n")
+    evaluate.main(options(world, copied, tmp_path / "p.json"))
+    assert model_card.NO_TEST not in card.read_text() and "test rows, " in card.read_text()
 
 
 def test_names_with_dots_do_not_share_files(world, checkpoint_folder, tmp_path):

@@ -43,13 +43,18 @@ def write(run: runs.Run, *, base_model: str = "", test: Mapping | None = None) -
     _write(path, card_of(folder, record, base_model, test))
 
 
-def add_test(folder: Path, test: Mapping) -> None:
-    """Put `test`, the content of a metrics.json, into the card in `folder`, if there is one of ours."""
+def add_test(folder: Path, test: Mapping, *, replace: bool = True) -> None:
+    """Put `test`, the content of a metrics.json, into the card in `folder`, if there is one of ours.
+
+    replace: False keeps the test metrics that the card already has.
+    """
+    path = folder / runs.CARD
+    if not runs.is_our_card(path) or (
+        not replace and NO_TEST not in path.read_text(encoding="utf-8", errors="replace")
+    ):
+        return
     from huggingface_hub import ModelCard
 
-    path = folder / runs.CARD
-    if not runs.is_our_card(path):
-        return
     try:
         card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
         before, found, rest = card.text.partition(TEST)

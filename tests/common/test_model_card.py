@@ -86,6 +86,14 @@ def test_test_metrics_are_put_in_and_replaced(folder):
         assert text.split(model_card.END)[1] == before.split(model_card.END)[1]
 
 
+def test_metrics_that_a_card_has_can_be_kept(folder):
+    made(folder)
+    model_card.add_test(folder, TEST | {"rows": 1}, replace=False)
+    model_card.add_test(folder, TEST | {"rows": 2}, replace=False)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert model_card.NO_TEST not in text and "\n1 test rows, 50 beams" in text
+
+
 def test_a_baseline_has_its_metrics_from_the_start(folder):
     _, text = made(folder, test=TEST | {"valid": {"NDCG@10": 0.5}})
     assert ModelCard(text).data.eval_results and "| NDCG@10 | 0.5000 |" in text
