@@ -32,7 +32,7 @@ from minionerec.common.text import json_line, printable
 from minionerec.decoding.backends import BACKENDS, require_vllm
 from minionerec.decoding.spaces import SPACES
 
-EXAMPLE = 'an object like {"history": [49, "alien"]}'
+EXAMPLE = 'an object like {"history": [49, "alien"]}, with at least one item'
 
 
 @dataclass

@@ -129,6 +129,10 @@ class FewAnswers:
         return [[{"item_id": history[-1]}] for history in histories]
 
 
+def test_an_empty_history_is_named():
+    assert "with at least one item" in recommend.read_user(1, '{"history": []}', TITLES).error
+
+
 def test_a_line_that_fails_costs_no_other_line_its_answer():
     lines = ['{"history": [1], "user": "x"}', "{", '{"history": [3], "user": "y"}', '{"history": [0]}']
     users = [recommend.read_user(number, line, TITLES) for number, line in enumerate(lines, start=1)]
