@@ -15,10 +15,12 @@
 #     BASE_MODEL   folder or hub name of a causal LM; default: a small untrained Qwen2 with a tokenizer of the data's titles
 #     RAW          sequences, amazon, amazon:2014, amazon:2018, amazon:2023, recbole, movielens or table
 #     DATASET_NAME of the data set that RAW makes; default: that of its first file or folder
+#     FILE …       options of the reader (docs/data.md); relative paths are relative to the folder of this script
 #     OUTPUT       default: output/quickstart, with DATASET output/<its name>, with RAW output/<DATASET_NAME>
 #     CATEGORY     what the prompts call the items
 #     SIDS         what SIDs are built from: fused (texts and SASRec, default), text, or published (those of DATASET)
-#     TIME_BUDGET  seconds of training of SASRec and of SFT, at most; default: 300 each for MovieLens-100K, 900 otherwise
+#     TIME_BUDGET  seconds of training of SASRec and of SFT, at most; default: 300 each for MovieLens-100K, 900 otherwise.
+#                  RL has no time limit: its length is RL_ROWS (default: 4096; 512 for a short try)
 #     SEED         default: 42
 #     SFT_EPOCHS SFT_TASKS SFT_LEARNING_RATE SFT_BATCH_SIZE SFT_MICRO_BATCH_SIZE SFT_DROPOUT
 #     RL_ROWS RL_LEARNING_RATE RL_GENERATIONS RL_BETA
