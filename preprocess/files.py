@@ -113,8 +113,8 @@ def read_log(
 ) -> tuple[pl.DataFrame, str]:
     """(log, unit of its times): columns user, item (Categorical), time and rating of a delimited file, in file order.
 
-    unit: of the times; empty: told by their form and size; "date": texts like 2016-10-31. earliest: seconds; where the unit is one
-    of time, other times must be later than that and before 2100. header: names of the columns of a file without a header.
+    unit: of the times; empty: detected from their form and size; "date": texts like 2016-10-31. earliest: seconds; where the
+    unit is one of time, other times must be later than that and before 2100. header: names of the columns of a file without a header.
     Without a time column all times are 0.
     """
     lazy = scan_delimited(path, flag, separator, quote_char, header)

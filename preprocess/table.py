@@ -29,7 +29,8 @@ class Options(PreprocessOptions):
     item_column: str = option("item_id", "column of the item, in both tables")
     time_column: str = option("timestamp", "column of the time; none: rows are in time order")
     time_unit: Literal["auto", "s", "ms", "us", "ns", "date"] = option(
-        "auto", "of the time column; auto: detected from its values; date: texts like 2016-10-31 or 2016-10-31T12:00:00Z"
+        "auto",
+        "of the time column; auto: detected from its values; date: texts like 2016-10-31 or 2016-10-31T12:00:00Z",
     )
     rating_column: str = option("rating", "column of the rating, used by --min_rating")
     title_column: str = option("", "column of the title; default: a usual name")
