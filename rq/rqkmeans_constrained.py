@@ -23,7 +23,8 @@ from rq import generate_indices
 from rq.options import ClusteringOptions, KMeansOptions, part
 from rq.residual_kmeans import make_codebooks, read_checked, standardised
 
-MOST_ARCS = 2_000_000  # n * K of the largest flow that `auto` takes: n = 7 800 with K = 256; above, transport is twice as fast
+# n * K of the largest flow that `auto` takes: n = 7 800 with K = 256; above, transport is twice as fast
+MOST_ARCS = 2_000_000
 TOLERANCE = 1e-4  # relative gain of an iteration at which Lloyd's iteration stops
 START_PER_CODE = 64  # items per centre that k-means++ chooses from
 
