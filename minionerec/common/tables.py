@@ -1,12 +1,14 @@
 """Text files and tables, read from exactly the file that is named.
 
 Polars takes `*`, `?` and `[` in a path as a pattern and reads a folder as all of its files, so it is only ever given
-bytes here. Files are UTF-8, with or without a byte-order mark. Anything else is refused with a one-line error.
+bytes here. Files are UTF-8, with or without a byte-order mark, and may be gzip. Anything else is refused with a one-line error.
 """
 
 import csv
+import gzip
 import io
 import sys
+import zlib
 from pathlib import Path
 
 import polars as pl
@@ -18,11 +20,16 @@ ROW = "#row"  # the column that `read_csv` adds: the row's number, as an editor 
 
 
 def read_bytes(path: str | Path, flag: str) -> bytes:
-    """The bytes of one file, a UTF-8 byte-order mark left out. Raises `UserError` for a folder, and for UTF-16."""
+    """The bytes of one file, unpacked if it is gzip, without a byte-order mark. Refuses a folder and UTF-16."""
     path = require_file(path, flag)
     if path.is_dir():
         raise UserError(f"{path}: found a folder, expected a file; check --{flag}")
     data = path.read_bytes()
+    if data.startswith(b"\x1f\x8b"):
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error):
+            raise UserError(f"{path}: found a broken gzip file; download it again or check --{flag}") from None
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data.partition(b"\n")[0]:
         raise UserError(f"{path}: found UTF-16 or binary data, expected UTF-8 text; save the file as UTF-8")
     return data.removeprefix(b"\xef\xbb\xbf")

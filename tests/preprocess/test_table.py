@@ -141,10 +141,12 @@ def test_repeats_with_the_same_time(tmp_path):
             assert drop == "all" and "none of 1 users has 3" in str(error)
 
 
-def test_item_tables(tmp_path):
+@pytest.mark.parametrize("name", ["i.csv", "i.csv.gz"])
+def test_item_tables(tmp_path, name):
     (tmp_path / "t.csv").write_text(csv_of())
-    (tmp_path / "i.csv").write_text('item_id,name,genre\nx,"A, ""b""\tc",G\ny,漢字,\nz,\x07C&#39;s,H\nunused,U,\n')
-    main(options(tmp_path / "t.csv", tmp_path, items_file=str(tmp_path / "i.csv"), categories_column="genre"))
+    data = 'item_id,name,genre\nx,"A, ""b""\tc",G\ny,漢字,\nz,\x07C&#39;s,H\nunused,U,\n'.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    main(options(tmp_path / "t.csv", tmp_path, items_file=str(tmp_path / name), categories_column="genre"))
     items = json.loads((tmp_path / "out" / "t.item.json").read_text())
     assert [items[str(i)]["title"] for i in range(3)] == ['A, "b" c', "漢字", "C's"] and items["0"]["categories"] == "G"
     table = pl.DataFrame({"item_id": ["x", "y", "z"], "title": ["A", "B", "C"], "tags": [["p", "q"], [], ["r"]]})
