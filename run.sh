@@ -18,7 +18,8 @@
 #     FILE …       options of the reader (docs/data.md); relative paths are relative to the folder of this script
 #     OUTPUT       default: output/quickstart, with DATASET output/<its name>, with RAW output/<DATASET_NAME>
 #     CATEGORY     what the prompts call the items
-#     SIDS         what SIDs are built from: fused (texts and SASRec, default), text, or published (those of DATASET)
+#     SIDS         what SIDs are built from: fused (default: texts and SASRec; where the median item has fewer than 5
+#                  interactions, texts alone), text, or published (those of DATASET)
 #     TIME_BUDGET  seconds of training of SASRec and of SFT, at most; default: 300 each for MovieLens-100K, 900 otherwise.
 #                  RL has no time limit: its length is RL_ROWS (default: 4096; 512 for a short try)
 #     SEED         default: 42
@@ -178,7 +179,7 @@ if [ "$SIDS" != published ]; then
         vectors=$raw/$name.emb-fused-td.npy
         stage fuse "texts joined with what SASRec has learnt of each item" \
             DATA_PATH="$text" BASELINE_PATH="$OUTPUT/sasrec" TRAIN_FILE="$train" INFO_FILE="$info" OUTPUT_FILE="$vectors" \
-            python -m rq.fuse_embeddings
+            MIN_INTERACTIONS="${MIN_INTERACTIONS:-5}" python -m rq.fuse_embeddings
     fi
     copy_if_changed "$items" "$data/$name.item.json"
     quantize sids "semantic IDs from $(basename "$vectors")" "$vectors" "$data/$name.index.json"

@@ -74,7 +74,7 @@ class Options(TrackedOptions):
     micro_batch_size: int = option(
         4, "rows per forward pass of one process; evaluation takes 4 times as many", role=RUNTIME
     )
-    num_epochs: float = option(10, "passes over the rows; 0: by the number of targets, 16 to 60")
+    num_epochs: float = option(10, "passes over the rows; 0: by the number of targets, 20 to 60")
     time_budget: float = option(0.0, "seconds of training and its evaluations, at most; 0: no limit")
     train_space: str = option(
         "vocab", "what the probabilities of SID tokens are normalised over: vocab, or catalog (what the trie allows)"
@@ -336,11 +336,11 @@ def build_lines(options: Options, args, data, prompts, tokenizer):
 
 
 def passes(options: Options, lines, catalog) -> float:
-    """--num_epochs, or for 0 as many passes as show 2.5 million targets, but 16 to 60."""
+    """--num_epochs, or for 0: 20 passes, and up to 60 where that shows fewer than 200,000 targets."""
     if options.num_epochs:
         return options.num_epochs
     targets = lines.rows.answer.sum() / catalog.codes.shape[1]
-    chosen = min(60, max(16, math.ceil(2.5e6 / max(targets, 1))))
+    chosen = min(60, max(20, math.ceil(200_000 / max(targets, 1))))
     say(f"--num_epochs 0: {chosen} passes over {targets:,.0f} targets")
     return chosen
 

@@ -9,8 +9,12 @@ t_i is the row of `--data_path`, b_i the baseline's embedding of item i. A basel
 never shows: such an item gets b_i = W t_i, with W fitted on the other items by ridge regression. `--whiten True` scales
 the principal components of each part to variance 1 first; `--pca_dim` keeps that many components of each part. Any
 quantizer takes the result.
+
+Where train shows most items only a few times, their embeddings are mostly noise, and SIDs from the text alone are better
+(RESULTS.md). `--min_interactions` leaves the baseline's part out if the median item has fewer interactions.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from minionerec.common import runs
@@ -28,13 +32,16 @@ class Options(StageOptions):
     output_file: str = option("", "where the fused embeddings go, a .npy", role=OUTPUT)
     text_weight: float = option(0.5, "weight of the text part")
     behaviour_weight: float = option(1.0, "weight of the baseline's part")
+    min_interactions: float = option(
+        0.0, "the text alone, if the median item has fewer interactions in train than this"
+    )
     whiten: bool = option(False, "scale the principal components of each part to variance 1")
     pca_dim: int = option(0, "principal components that are kept of each part; 0: all")
     ridge: float = option(1.0, "ridge penalty, in units of the mean squared length of a text row")
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(0, "text_weight", "behaviour_weight", "pca_dim")
+        self.at_least(0, "text_weight", "behaviour_weight", "min_interactions", "pca_dim")
         self.check(ridge=(self.ridge > 0, "more than 0"))
         if self.text_weight + self.behaviour_weight == 0:
             raise UserError("--text_weight 0 --behaviour_weight 0: nothing is left; expected one above 0")
@@ -99,6 +106,7 @@ def main(options: Options) -> None:
 
     from data import load
     from minionerec.baselines.models import load_checkpoint
+    from minionerec.catalog.windows import chain
     from minionerec.common.embeddings import load_embeddings
     from minionerec.common.files import atomic_file
 
@@ -114,10 +122,15 @@ def main(options: Options) -> None:
         raise UserError(
             f"{options.data_path}: {len(text)} rows, expected the {len(data.items.sids)} items of {options.info_file}"
         )
-    seen = np.zeros(len(text), dtype=bool)
-    seen[data.train["target"].to_numpy()] = True
-    seen[data.train["seen"].explode().drop_nulls().to_numpy()] = True
-    fused = fuse(text, model.table()[: len(text)].detach().numpy(), seen, options)
+    counts = np.bincount(chain(data.train.with_columns(history="seen")).items, minlength=len(text))
+    seen, chosen = counts > 0, options
+    if np.median(counts) < options.min_interactions:
+        chosen = dataclasses.replace(options, behaviour_weight=0.0)
+        say(
+            f"the median item has {np.median(counts):.0f} interactions in train, fewer than --min_interactions "
+            f"{options.min_interactions:.0f}: the text alone"
+        )
+    fused = fuse(text, model.table()[: len(text)].detach().numpy(), seen, chosen)
     with atomic_file(options.output_file, "wb") as f:
         np.save(f, fused, allow_pickle=False)
     say(

@@ -19,6 +19,7 @@ from minionerec.baselines import counts
 from minionerec.baselines.models import SASRec
 from minionerec.catalog.sequences import COLUMNS
 from minionerec.common.embeddings import load_embeddings
+from minionerec.common.errors import UserError
 from rq import fuse_embeddings
 from rq.fuse_embeddings import Options, components, fuse, predict_unseen, unit_rows
 
@@ -164,6 +165,21 @@ def test_the_file_and_the_same_bytes_twice(files, tmp_path, capsys):
     assert (tmp_path / "again.npy").read_bytes() == (tmp_path / "D.emb-fused-td.npy").read_bytes()
     fuse_embeddings.main(options(**files))
     assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("least, alone", [(1.0, False), (1.5, True)])
+def test_few_interactions_leave_the_text_alone(files, capsys, least, alone):
+    """Each item that train shows is there once."""
+    fuse_embeddings.main(options(**files, min_interactions=least))
+    found, text = np.load(files["output_file"]), plain_units(np.load(files["data_path"]))
+    assert ("the median item has 1 interactions in train" in capsys.readouterr().out) == alone
+    assert found.shape[1] == TEXT + (0 if alone else WIDTH)
+    np.testing.assert_allclose(found[:, -TEXT:], 0.5 * text, atol=1e-5)
+
+
+def test_few_interactions_need_the_text(files):
+    with pytest.raises(UserError, match="nothing is left"):
+        fuse_embeddings.main(options(**files, min_interactions=9.0, text_weight=0.0))
 
 
 def test_a_baseline_over_item_features(files, tmp_path):
