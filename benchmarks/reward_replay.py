@@ -79,6 +79,7 @@ def groups_of(options: Options, data, prompts: list[str]) -> np.ndarray:
     """The beams of each prompt, most probable first: (prompts, num_generations) rows of the catalog's SIDs."""
     import torch
 
+    from minionerec.common.console import Progress
     from minionerec.decoding.engine import TransformersEngine, recommend
     from minionerec.language_model.checkpoints import load_model, load_tokenizer
 
@@ -87,7 +88,9 @@ def groups_of(options: Options, data, prompts: list[str]) -> np.ndarray:
     tokenizer = load_tokenizer(options.model_path, "model_path")
     trie = data.catalog.trie(tokenizer).to(device)
     engine = TransformersEngine(model, trie, tokenizer.pad_token_id, options.space)
-    return recommend(engine, tokenizer, prompts, options.num_generations, options.batch_size, progress="groups")[0]
+    arguments = (engine, tokenizer, prompts, options.num_generations, options.batch_size)
+    with Progress(len(prompts), "groups", unit="prompts") as progress:
+        return recommend(*arguments, progress=progress.update)[0]
 
 
 def rewards_of(rewards, columns: dict[str, list], groups: np.ndarray, catalog) -> dict[str, np.ndarray]:

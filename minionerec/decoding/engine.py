@@ -5,12 +5,11 @@ are one function (beam_search.py); an engine only computes the log-probabilities
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minionerec.catalog.trie import Trie
 from minionerec.decoding.beam_search import Beams, beam_searches, left_pad, length_batches, sample
@@ -87,26 +86,27 @@ def recommend(
     num_beams: int,
     batch_size: int,
     length_penalty: float = 0.0,
-    progress: str | None = None,
     *,
     batch_tokens: int = 1 << 14,
     excluded: Excluded = None,
+    progress: Callable[[int], object] = lambda prompts: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`beam_search` for any number of prompts, in batches of about equal length.
 
-    progress: name of a progress bar. Returns (SID rows, scores), both (prompts, min(num_beams, catalog)), in the order of
+    progress: called with the number of prompts of each batch. Returns (SID rows, scores), both (prompts, min(num_beams, catalog)), in the order of
     `prompts`.
     """
     tokens = tokenizer(list(prompts))["input_ids"] if len(prompts) else []
     width = min(num_beams, engine.trie.n_leaves)
     sid_rows, scores = np.zeros((len(tokens), width), dtype=np.int64), np.zeros((len(tokens), width))
     batches = length_batches([len(t) for t in tokens], batch_size, batch_tokens)
-    for batch in tqdm(batches, desc=progress, disable=progress is None):
+    for batch in batches:
         exclusions = [excluded and [excluded[i] for i in batch]]
         [found] = engine.beam_search(
             [tokens[i] for i in batch], num_beams, exclusions=exclusions, length_penalty=length_penalty
         )
         sid_rows[batch], scores[batch] = found.row.cpu().numpy(), found.score.cpu().numpy()
+        progress(len(batch))
     return sid_rows, scores
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from minionerec.common.console import Progress
 from minionerec.common.errors import UserError
 from minionerec.common.files import write_json
 from minionerec.common.processes import on_main_process
@@ -126,7 +126,7 @@ def embed_texts(
     start = on_main_process(lambda: matrix.open(resume))
     if start and rank == 0:
         print(f"{start} of {len(parts)} parts were computed before")
-    with tqdm(total=len(texts), initial=min(start * size, len(texts)), desc="embedding", disable=rank > 0) as bar:
+    with Progress(len(texts), "embedding", start=min(start * size, len(texts)), unit="texts") as progress:
         for first in range(start, len(parts), world):
             now = parts[first : first + world]
             block = torch.zeros(size, dim, device=encoder.device)  # of this process: one part
@@ -134,7 +134,7 @@ def embed_texts(
                 embed_part([texts[i] for i in now[rank]], encoder, block, budget, most)
             blocks = gathered(block, rank, world)
             on_main_process(functools.partial(store, matrix, now, blocks, first + len(now)))
-            bar.update(sum(map(len, now)))
+            progress.update(sum(map(len, now)))
 
 
 def store(matrix: PartialMatrix, parts: Sequence[np.ndarray], blocks: Sequence[torch.Tensor], done: int) -> None:
