@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ROOT, run_stage, sft_environment, write_world
+from zygote import Zygote
 
 STARTED, MOST_SECONDS = time.monotonic(), float(os.environ.get("TEST_SECONDS", "inf"))
 
@@ -24,6 +25,14 @@ def pytest_runtest_setup(item):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    """A process that has imported what the stages import, and forks for each run."""
+    started = Zygote()
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

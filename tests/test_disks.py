@@ -6,30 +6,41 @@ command succeeds after space was freed.
 
 import json
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import run_stage, sft_environment
+from helpers import sft_environment
 
 
 @pytest.fixture
-def stages(world, base_model, tmp_path, small_disk):
-    """For each stage (launcher or module, variables or options): it writes to `small_disk`."""
+def run(world, base_model, tmp_path, small_disk, zygote):
+    """A function that runs a stage, which writes to `small_disk`: (exit code, what it has printed)."""
     np.save(tmp_path / "toy.emb-x-td.npy", np.random.default_rng(0).normal(size=(48, 64)).astype(np.float32))
     files = {"TRAIN_FILE": world.train, "VALID_FILE": world.valid, "TEST_FILE": world.test, "INFO_FILE": world.info}
     config = json.loads((base_model / "config.json").read_text())
     small = {k: config[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "num_hidden_layers": 2} | small))
     out = small_disk / "out"
-    return {
-        "convert_dataset.sh": {"DATASET_NAME": "toy", "DATA_DIR": world.folder, "OUTPUT_DIR": out},
-        "sasrec.sh": files | {"OUTPUT_DIR": out, "HIDDEN_SIZE": 8, "EPOCHS": 1, "DEVICE": "cpu"},
-        "rq/rqvae.sh": {
+    stages = {
+        "convert_dataset": {"DATASET_NAME": "toy", "DATA_DIR": world.folder, "OUTPUT_DIR": out},
+        "sasrec": files | {"OUTPUT_DIR": out, "HIDDEN_SIZE": 8, "EPOCHS": 1, "DEVICE": "cpu"},
+        "rq.rqvae": {
             "DATA_PATH": tmp_path / "toy.emb-x-td.npy", "CKPT_DIR": out, "LAYERS": "64", "NUM_EMB_LIST": "8 8",
             "EPOCHS": 2, "EVAL_STEP": 1, "WARMUP_EPOCHS": 0,
         },
-        "sft.sh": sft_environment(world, base_model, out, SFT_TASKS="sid_seq", NUM_EPOCHS=1),
+        "sft": sft_environment(world, base_model, out, SFT_TASKS="sid_seq", NUM_EPOCHS=1),
     }  # fmt: skip
+
+    def start(stage: str) -> SimpleNamespace:
+        given = {name.lower(): str(value).split() for name, value in stages[stage].items() if name != "NPROC"}
+        arguments = [part for name, values in given.items() for part in (f"--{name}", *values)]
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        code, _ = zygote.run(stage, arguments, log)
+        return SimpleNamespace(returncode=code, printed=log.read_text())
+
+    return start
 
 
 def files_of(folder) -> dict:
@@ -37,41 +48,41 @@ def files_of(folder) -> dict:
 
 
 def assert_one_line(done, *found: str) -> None:
-    assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2, done.printed
+    lines = [line for line in done.printed.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in done.printed, done.printed
     assert any(text in lines[0] for text in found), lines[0]
 
 
 @pytest.mark.parametrize(
     "stage, kilobytes",
     [
-        ("convert_dataset.sh", 4),
-        ("sasrec.sh", 4),
-        ("rq/rqvae.sh", 4),
-        ("rq/rqvae.sh", 60),
-        ("sft.sh", 4),
-        ("sft.sh", 60),
+        ("convert_dataset", 4),
+        ("sasrec", 4),
+        ("rq.rqvae", 4),
+        ("rq.rqvae", 60),
+        ("sft", 4),
+        ("sft", 60),
     ],
 )
-def test_a_full_disk(stages, small_disk, stage, kilobytes):
+def test_a_full_disk(run, small_disk, stage, kilobytes):
     """With hardly any room, and with room for some of the files."""
     (small_disk / "filler").write_bytes(b"x" * 1024 * (1024 - kilobytes))
-    done = run_stage(stage, env=stages[stage], check=False)
-    assert_one_line(done, "No space left on device", "free disk space")
+    assert_one_line(run(stage), "No space left on device", "free disk space")
     assert not [name for name in files_of(small_disk) if name.endswith(".tmp")]
     (small_disk / "filler").unlink()
-    run_stage(stage, env=stages[stage])
+    again = run(stage)
+    assert again.returncode == 0, again.printed
 
 
-@pytest.mark.parametrize("stage", ["convert_dataset.sh", "sasrec.sh", "rq/rqvae.sh", "sft.sh"])
-def test_a_read_only_disk(stages, small_disk, stage):
+@pytest.mark.parametrize("stage", ["convert_dataset", "sasrec", "rq.rqvae", "sft"])
+def test_a_read_only_disk(run, small_disk, stage):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert_one_line(run_stage(stage, env=stages[stage], check=False), "Read-only file system")
+    assert_one_line(run(stage), "Read-only file system")
 
 
-@pytest.mark.parametrize("stage", ["convert_dataset.sh", "sasrec.sh", "rq/rqvae.sh", "sft.sh"])
-def test_a_file_where_a_folder_should_be(stages, small_disk, stage):
+@pytest.mark.parametrize("stage", ["convert_dataset", "sasrec", "rq.rqvae", "sft"])
+def test_a_file_where_a_folder_should_be(run, small_disk, stage):
     (small_disk / "out").write_text("precious")
-    assert_one_line(run_stage(stage, env=stages[stage], check=False), "Not a directory", "File exists", "not a folder")
+    assert_one_line(run(stage), "Not a directory", "File exists", "not a folder")
     assert (small_disk / "out").read_text() == "precious"

@@ -13,19 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import write_encoder
-from zygote import Zygote
 
 KILLS = int(os.environ.get("KILLS", 4))
 MOST_STARTS = 200
 NOT_RESULTS = {"run.json", "README.md", "log.jsonl", "training_args.bin", "log.txt", "trainer_state.json"}
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="session")
-def zygote():
-    started = Zygote()
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="session")

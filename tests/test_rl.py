@@ -536,8 +536,9 @@ MOVING = {"SYNC_REF_MODEL": "True", "REF_MODEL_SYNC_STEPS": 2, "NUM_TRAIN_EPOCHS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, SAMPLED_LORA, MOVING], ids=["beams", "sampled_lora", "moving reference"])
+@pytest.mark.parametrize("settings", [SAMPLED_LORA, MOVING], ids=["sampled_lora", "moving reference"])
 def test_killed_rl_resumes_to_the_same_weights(world, start, tmp_path, settings):
+    """Through the launcher; tests/test_kill.py kills RL on beams, at random moments."""
     run_stage("rl.sh", env=environment(world, start, tmp_path / "whole", **settings))
     given = environment(world, start, tmp_path / "killed", **settings)
     killed_midway("rl.sh", given, tmp_path / "killed")

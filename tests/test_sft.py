@@ -350,11 +350,10 @@ def test_early_stopping_remembers_its_patience(options, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trained", ["", "FREEZE_LLM", "USE_LORA"])
+@pytest.mark.parametrize("trained", ["FREEZE_LLM", "USE_LORA"])
 def test_sft_sh_killed_by_a_signal_resumes_to_the_same_weights(world, base_model, tmp_path, trained):
-    settings = {"EVAL_STEP": 0.1, "NUM_EPOCHS": 4}
-    if trained:
-        settings |= {"TRAIN_FROM_SCRATCH": "False", trained: "True", "PACKING": "True"}
+    """tests/test_kill.py kills a training of all weights, at random moments."""
+    settings = {"EVAL_STEP": 0.1, "NUM_EPOCHS": 4, "TRAIN_FROM_SCRATCH": "False", trained: "True", "PACKING": "True"}
     run_stage("sft.sh", env=sft_environment(world, base_model, tmp_path / "whole", **settings))
     folder = tmp_path / "killed"
     killed_midway("sft.sh", sft_environment(world, base_model, folder, **settings), folder)

@@ -1,7 +1,8 @@
 """Start stages without the seconds of their imports: a process that has imported everything and forks for each run.
 
-    python tests/zygote.py        reads a line {"stage": module, "options": {…}, "log": file} per run, answers with the
-                                  process id at once, and with the exit status when the run has ended
+    python tests/zygote.py        reads a line {"stage": module, "options": {…}, "log": file} per run (or "arguments": […], as
+                                  on the command line), answers with the process id at once, and with the exit status
+                                  when the run has ended
 
 `Zygote` is its other end, for tests that start and kill the same stage many times.
 """
@@ -37,9 +38,13 @@ class Zygote:
             text=True,
         )
 
-    def run(self, stage: str, options: dict, log: Path, kill_after: float | None = None) -> tuple[int, float]:
-        """(exit status, seconds) of `stage.main(stage.Options(**options))`; -9 if it was killed after so many seconds."""
-        self.process.stdin.write(json.dumps({"stage": stage, "options": options, "log": str(log)}) + "\n")
+    def run(self, stage: str, options: dict | list, log: Path, kill_after: float | None = None) -> tuple[int, float]:
+        """(exit status, seconds) of `stage.main(stage.Options(**options))`, or of the stage with a list of arguments.
+
+        The status is -9 if it was killed after so many seconds.
+        """
+        given = "arguments" if isinstance(options, list) else "options"
+        self.process.stdin.write(json.dumps({"stage": stage, given: options, "log": str(log)}) + "\n")
         self.process.stdin.flush()
         pid, started = int(self.process.stdout.readline()), time.monotonic()
         timer = threading.Timer(kill_after or 0, lambda: os.killpg(pid, signal.SIGKILL)) if kill_after else None
@@ -63,10 +68,11 @@ def be_stage(job: dict) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     module = importlib.import_module(job["stage"])
-    sys.argv = [job["stage"], "--debug"]
+    sys.argv = [job["stage"], *job.get("arguments", ["--debug"])]
     from minionerec.common import options
 
-    options.parse = lambda options_class, arguments: options_class(**job["options"])
+    if "options" in job:
+        options.parse = lambda options_class, arguments: options_class(**job["options"])
     try:
         options.run(module.main, module.Options)
     except SystemExit as ended:
