@@ -7,9 +7,9 @@ again; a changed variable, input or template, or a deleted result, runs what dep
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -211,6 +211,12 @@ def test_a_folder_that_is_no_data_set(project, files, message):
 # ------------------------------------------------------------------------------------------------ real stages
 
 
+def cpu_seconds() -> float:
+    """Of all processes that this one has started and that have ended: other work on the machine does not matter."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.slow
 def test_what_changed_runs_again(world, tmp_path):
     data, out = tmp_path / "data", tmp_path / "out"
@@ -237,9 +243,9 @@ def test_what_changed_runs_again(world, tmp_path):
     for model in ("popularity", "markov", "sasrec", "sft", "rl"):
         assert f"{first[model]['HR@10']:.4f}" in output
 
-    started = time.monotonic()
+    started = cpu_seconds()
     _, ran = run()
-    assert ran == [] and results() == first and time.monotonic() - started < 30
+    assert ran == [] and results() == first and cpu_seconds() - started < 30
 
     # a deleted result: only it is made again, because what it is made from is the same
     before = (out / "rl.json").read_bytes()
