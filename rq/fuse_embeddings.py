@@ -127,8 +127,8 @@ def main(options: Options) -> None:
     if np.median(counts) < options.min_interactions:
         chosen = dataclasses.replace(options, behaviour_weight=0.0)
         say(
-            f"the median item has {np.median(counts):.0f} interactions in train, fewer than --min_interactions "
-            f"{options.min_interactions:.0f}: the text alone"
+            f"the median item has {np.median(counts):g} interactions in train, fewer than --min_interactions "
+            f"{options.min_interactions:g}: the text alone"
         )
     fused = fuse(text, model.table()[: len(text)].detach().numpy(), seen, chosen)
     with atomic_file(options.output_file, "wb") as f:

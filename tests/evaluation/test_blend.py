@@ -21,6 +21,7 @@ from minionerec.baselines import counts
 from minionerec.baselines.models import load_checkpoint
 from minionerec.catalog.catalog import Catalog
 from minionerec.decoding.beam_search import beam_search
+from minionerec.decoding.engine import TransformersEngine, recommend
 from minionerec.evaluation import blend
 from minionerec.evaluation.blend import Candidates, gather, missing_rows, ranked, ranks, top_rows
 from minionerec.evaluation.blend_weights import UserWeights
@@ -97,6 +98,28 @@ def place(listed, wanted) -> int:
 
 
 BINS = ((0.2, 3.0), (1.5, 0.0), (0.0, 0.7))  # weights of two baselines, by how sure the second one is
+
+
+def test_beams_that_were_found_before_are_taken(setting):
+    """The same candidates as with a search; of other beams, those beams, whose scores are not computed again."""
+    arguments = (
+        setting.model,
+        setting.tokenizer,
+        setting.trie,
+        setting.prompts,
+        setting.seen,
+        [Fixed(1)],
+        setting.catalog,
+    )
+    engine = TransformersEngine(setting.model, setting.trie, setting.tokenizer.pad_token_id, "catalog")
+    rows, scores = recommend(engine, setting.tokenizer, setting.prompts, 3, batch_size=2)
+    expected = collect(setting, [Fixed(1)], count=3)
+    found = blend.collect(*arguments, count=3, batch_size=3, beams=(rows, scores))
+    other = blend.collect(*arguments, count=3, batch_size=3, beams=(rows, scores - 1))
+    for name, each in expected.items():
+        assert np.array_equal(found[name].items, each.items)
+        np.testing.assert_allclose(found[name].scores, each.scores, atol=1e-4)
+        assert not np.allclose(other[name].scores[..., 0], each.scores[..., 0], atol=1e-4)
 
 
 @pytest.mark.parametrize("weights", [(0.0,), (0.7,), (1.0, 0.4), BINS])
