@@ -45,7 +45,7 @@ from minionerec.language_model.adapters import merged_weights
 
 DRAWN = 1.5  # completions that dynamic sampling draws for each one that it keeps
 MEAN_OVER_ROWS = ("grpo", "sapo", "dr_grpo", "luspo")  # losses of TRL that divide by rows, masked ones included
-START = "start_hits.npy"  # in a checkpoint: which validation rows the first evaluation hits
+START = "start_ranks.npy"  # in a checkpoint: the ranks of the validation rows at the first evaluation
 REFERENCE = "reference.safetensors"  # in a checkpoint: the reference model, if --sync_ref_model moves it
 GENERATION = "generation-{process}.pt"  # in a checkpoint: a generation that further updates will use
 
@@ -123,8 +123,8 @@ class ReReTrainer(GRPOTrainer):
     test_beams: width of a second search whose HR and NDCG on the batch's prompts are logged; 0 for none;
     validation: (prompts, target items) for `evaluate`, searched with `eval_beams` beams, and optionally the items of each
         row that are not ranked;
-    keep_recall: a checkpoint cannot become the best one if its HR at the largest K that is measured is below that of the
-        first evaluation by more than the paired 95 % interval.
+    keep_recall: a checkpoint cannot become the best one if its HR at any K that is measured is below that of the first
+        evaluation by more than the paired 95 % interval.
 
     `rollout`, None at first, can be set to another engine that generates the groups: it gets the weights whenever they
     have changed.
@@ -167,7 +167,7 @@ class ReReTrainer(GRPOTrainer):
             validation = Validation(prompts, targets, catalog, self.trie, eval_beams, space, *seen)
         self.validation = validation
         self.keep_recall = keep_recall
-        self._start_hits: np.ndarray | None = None  # (rows,) of the first evaluation, at the largest K
+        self._start_ranks: np.ndarray | None = None  # (rows,) of the first evaluation
         self._loses_recall = False
         self.rollout: Engine | None = None
         self._synced_step: int | None = None  # the step whose weights `rollout` has
@@ -389,17 +389,19 @@ class ReReTrainer(GRPOTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """HR and NDCG by item of constrained beam search on the validation rows, the same on any number of processes.
 
-        Also the difference of HR at the largest K from the first evaluation's, and its paired 95 % interval.
+        Also the difference of each HR from the first evaluation's, with its paired 95 % interval.
         """
         started = time.time()
-        ranks, k = self.validation.ranks(self), self.validation.cutoffs[-1]
-        hits = (ranks < k).astype(np.int64)
-        self._start_hits = hits if self._start_hits is None else self._start_hits
-        low, high = metrics.interval_of_mean(hits - self._start_hits, self.args.seed)
-        self._loses_recall = high < 0
+        ranks = self.validation.ranks(self)
+        self._start_ranks = ranks if self._start_ranks is None else self._start_ranks
+        self._loses_recall = False
         result = metrics.table(ranks, self.validation.cutoffs)
-        result |= {f"HR@{k}_gain": float((hits - self._start_hits).mean()), f"HR@{k}_gain_low": low}
-        result |= {f"HR@{k}_gain_high": high}
+        for k in self.validation.cutoffs:
+            gains = (ranks < k).astype(np.int64) - (self._start_ranks < k)
+            low, high = metrics.interval_of_mean(gains, self.args.seed)
+            self._loses_recall |= high < 0
+            name = f"HR@{k}_gain"
+            result |= {name: float(gains.mean()), f"{name}_low": low, f"{name}_high": high}
         result = {f"{metric_key_prefix}_{name}": value for name, value in result.items()}
         result |= speed_metrics(metric_key_prefix, started, num_samples=len(self.validation.prompts))
         self.log(result)
@@ -416,8 +418,8 @@ class ReReTrainer(GRPOTrainer):
         """TRL's. What is ours is written first: a checkpoint counts as complete once the trainer's state is there."""
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
-        if self._start_hits is not None and self.args.should_save:
-            np.save(folder / START, self._start_hits)
+        if self._start_ranks is not None and self.args.should_save:
+            np.save(folder / START, self._start_ranks)
         if self.args.sync_ref_model:
             self._save_reference(folder / REFERENCE)
         if self._step % self._generate_every:
@@ -430,7 +432,7 @@ class ReReTrainer(GRPOTrainer):
             return
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         if (Path(checkpoint) / START).exists():
-            self._start_hits = np.load(Path(checkpoint) / START)
+            self._start_ranks = np.load(Path(checkpoint) / START)
         generation = Path(checkpoint) / GENERATION.format(process=self.args.process_index)
         if generation.exists():
             self._buffered_inputs = torch.load(generation, self.accelerator.device, weights_only=True)

@@ -128,7 +128,7 @@ class Options(TrackedOptions):
     eval_batch_size: int = option(32, "prompts per search in evaluation, per process", role=RUNTIME)
     metric_for_best_model: str = option("", "HR@K or NDCG@K; default: NDCG@10, or @eval_beams if that is less")
     keep_start: bool = option(
-        True, "save the initial weights if no evaluation improves without losing HR at the largest K (docs/rl.md)"
+        True, "save the initial weights if no evaluation improves without losing HR at any K (docs/rl.md)"
     )
     test_during_training: bool = option(False, "log HR and NDCG of --eval_beams beams on each batch", role=RUNTIME)
     resume_from_checkpoint: str = option("", "a checkpoint-N folder; default: the newest of this run", role=RUNTIME)

@@ -27,11 +27,11 @@ launch() {
             ;;
     esac
     if [ "$how" = python ]; then
-        choose_wait_policy
+        shorten_spinning
         exec python "${command[@]}" "$@"
     fi
     find_processes
-    choose_wait_policy
+    shorten_spinning
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$THREADS}
     if [ "$how" = accelerate ]; then
         if [ $((NPROC * NNODES)) -eq 1 ] && [ "$ACCELERATE_CONFIG" = config/cpu.yaml ]; then

@@ -1,18 +1,6 @@
-# Sourced by shell/launcher.sh: how many GPUs, processes and threads this node has, and how its threads wait.
+# Sourced by shell/launcher.sh: how many GPUs, processes and threads this node has, and how threads wait.
 
 count_cores() { OMP_NUM_THREADS= OMP_THREAD_LIMIT= nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1; }
-
-# How many threads of other processes are running now: the mean of three looks. 0 where the system does not tell.
-running_threads() {
-    local file=${LOADAVG_FILE:-/proc/loadavg} total=0 running
-    [ -r "$file" ] || { echo 0; return; }
-    for _ in 1 2 3; do
-        read -r _ _ _ running _ <"$file"
-        total=$((total + ${running%%/*} - 1)) # less this one
-        sleep 0.05
-    done
-    echo $(((total + 1) / 3))
-}
 
 # GPUs that CUDA shows to a process here. MIG instances and error texts of nvidia-smi are not counted.
 count_gpus() {
@@ -40,15 +28,8 @@ find_processes() {
     MASTER_PORT=${MASTER_PORT:-$((NNODES > 1 ? 29500 : 0))} # 0: a free port
 }
 
-# OpenMP threads spin while they wait. On a busy CPU that slows every process many times; on a quiet one it is twice as
-# fast as sleeping. Chosen by what runs now, unless the user has set it.
-choose_wait_policy() {
-    [ -z "${OMP_WAIT_POLICY:-}" ] && [ "$(count_gpus)" -eq 0 ] || return 0
-    local cores running
-    cores=$(count_cores)
-    running=$(running_threads)
-    if [ $((2 * running)) -gt "$cores" ]; then
-        OMP_WAIT_POLICY=PASSIVE
-        echo "the machine is busy ($running threads are running on $cores cores): OMP_WAIT_POLICY=PASSIVE"
-    fi
+# GNU OpenMP's threads, those of torch on Linux, spin while they wait for one another, for so long that processes on a busy
+# CPU slow one another many times. A short spin is as fast on a quiet one. What the user set is kept.
+shorten_spinning() {
+    [ -n "${OMP_WAIT_POLICY:-}${GOMP_SPINCOUNT:-}" ] || export GOMP_SPINCOUNT=1000
 }

@@ -659,12 +659,23 @@ class FixedRanks(SimpleNamespace):
 START = [5] * 100 + [100] * 100  # HR@10 is 0.5
 NOISE = [0] * 10 + [5] * 88 + [100] * 102  # HR@1 rises; 2 of 200 hits are lost: within the interval
 LOSS = [0] * 50 + [100] * 150  # HR@1 rises more, at the cost of 50 hits
+TOP_LOSS = [5] * 150 + [100] * 50  # HR@10 rises from 0.5 to 0.75 at the cost of 20 hits at the first place
+TOP_START = [0] * 20 + [5] * 80 + [100] * 100
 
 
-@pytest.mark.parametrize("keep_recall, best", [(True, 0.05), (False, 0.25)])
-def test_a_checkpoint_that_loses_recall_is_no_candidate(policy, world, tmp_path, keep_recall, best):
+@pytest.mark.parametrize(
+    "metric, tables, keep_recall, best",
+    [
+        ("HR@1", (START, NOISE, LOSS), True, 0.05),
+        ("HR@1", (START, NOISE, LOSS), False, 0.25),
+        ("HR@10", (TOP_START, TOP_START, TOP_LOSS), True, 0.5),
+        ("HR@10", (TOP_START, TOP_START, TOP_LOSS), False, 0.75),
+    ],
+)
+def test_a_checkpoint_that_loses_recall_is_no_candidate(policy, world, tmp_path, metric, tables, keep_recall, best):
+    first, second, loss = tables
     steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    settings = steps | {"metric_for_best_model": "eval_HR@1", "greater_is_better": True, "eval_on_start": True}
+    settings = steps | {"metric_for_best_model": f"eval_{metric}", "greater_is_better": True, "eval_on_start": True}
     settings |= {"num_generations_eval": 1, "max_steps": 3, "keep_recall": keep_recall}
 
     def make(*tables):
@@ -672,16 +683,18 @@ def test_a_checkpoint_that_loses_recall_is_no_candidate(policy, world, tmp_path,
         trainer.validation = FixedRanks(tables=list(tables))
         return trainer
 
-    trainer = make(START, NOISE, LOSS, LOSS)
+    trainer = make(first, second, loss, loss)
     trainer.train()
     assert trainer.state.best_metric == best
-    gains = [entry["eval_HR@10_gain"] for entry in trainer.state.log_history if "eval_HR@10_gain" in entry]
-    assert gains == pytest.approx([0, -0.01, -0.25, -0.25])
-    for entry in trainer.state.log_history:
-        if "eval_HR@10_gain" in entry:
-            assert entry["eval_HR@10_gain_low"] <= entry["eval_HR@10_gain"] <= entry["eval_HR@10_gain_high"]
+    entries = [entry for entry in trainer.state.log_history if "eval_HR@10_gain" in entry]
+    for k in (1, 10):
+        hits = [np.mean(np.array(table) < k) for table in (first, second, loss, loss)]
+        gains = [entry[f"eval_HR@{k}_gain"] for entry in entries]
+        assert gains == pytest.approx(np.array(hits) - hits[0])
+        for entry, gain in zip(entries, gains, strict=True):
+            assert entry[f"eval_HR@{k}_gain_low"] <= gain <= entry[f"eval_HR@{k}_gain_high"]
     # a resumed run compares with the start of the run, not with its own first evaluation
-    resumed = make(LOSS, LOSS, LOSS)
+    resumed = make(loss, loss, loss)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
     assert resumed.state.best_metric == best
 

@@ -14,7 +14,7 @@ from helpers import ROOT
 def bash(commands: str, **variables) -> subprocess.CompletedProcess:
     """Run `commands` after sourcing shell/machine.sh; a variable that is None is unset."""
     environment = os.environ | {name: str(value) for name, value in variables.items() if value is not None}
-    for name in ("CUDA_VISIBLE_DEVICES", "NPROC", "NNODES", "NODE_RANK", "OMP_WAIT_POLICY"):
+    for name in ("CUDA_VISIBLE_DEVICES", "NPROC", "NNODES", "NODE_RANK", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         if variables.get(name) is None:
             environment.pop(name, None)
     die = 'die() { echo "error: $*" >&2; exit 2; }'
@@ -118,23 +118,9 @@ def test_cores_without_nproc(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "running, given, policy",
-    [(1, None, ""), (2, None, ""), (3, None, "PASSIVE"), (9, None, "PASSIVE"), (9, "ACTIVE", "ACTIVE")],
+    "given, spins",
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "none")],
 )
-def test_threads_wait_by_what_runs(tmp_path, running, given, policy):
-    """On two cores: `running` threads, the one that looks included."""
-    (tmp_path / "loadavg").write_text(f"5.00 5.00 5.00 {running}/300 12345\n")
-    commands = "count_gpus() { echo 0; }; count_cores() { echo 2; }; choose_wait_policy; echo ${OMP_WAIT_POLICY:-}"
-    done = bash(commands, LOADAVG_FILE=tmp_path / "loadavg", OMP_WAIT_POLICY=given)
-    *said, chosen = done.stdout.splitlines()
-    assert chosen == policy and done.stderr == ""
-    assert bool(said) == (policy == "PASSIVE")
-    if said:
-        assert said == [f"the machine is busy ({running - 1} threads are running on 2 cores): OMP_WAIT_POLICY=PASSIVE"]
-
-
-def test_threads_of_a_gpu_or_of_an_unknown_system_are_left_as_they_are(tmp_path):
-    (tmp_path / "loadavg").write_text("5.00 5.00 5.00 90/300 12345\n")
-    show = "count_cores() { echo 2; }; choose_wait_policy; echo ${OMP_WAIT_POLICY:-none}"
-    assert bash("count_gpus() { echo 1; };" + show, LOADAVG_FILE=tmp_path / "loadavg").stdout == "none\n"
-    assert bash("count_gpus() { echo 0; };" + show, LOADAVG_FILE=tmp_path / "none").stdout == "none\n"
+def test_threads_spin_for_a_short_time_unless_the_user_says_how_they_wait(given, spins):
+    done = bash("shorten_spinning; bash -c 'echo ${GOMP_SPINCOUNT:-none}'", **given)
+    assert (done.stdout, done.stderr) == (f"{spins}\n", "")
