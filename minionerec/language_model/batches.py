@@ -110,6 +110,7 @@ class Collator:
         shape = (len(lines), length)
         ids, labels = np.full(shape, self.pad_token_id), np.full(shape, IGNORED)
         position = np.zeros(shape, dtype=np.int64)
+        longest = max((len(tokens) for line in lines for tokens, _ in line), default=1)
         for i, line in enumerate(lines):
             end = 0
             for tokens, answer in line:
@@ -117,7 +118,7 @@ class Collator:
                 ids[i, begin:end] = tokens
                 labels[i, end - answer : end] = tokens[-answer:]
                 position[i, begin:end] = np.arange(len(tokens))
-            position[i, end:] = np.arange(length - end)
+            position[i, end:] = np.arange(length - end) % longest  # a model may have no position beyond that of a row
         batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
         if self.packed:
             batch["position_ids"] = torch.from_numpy(position)

@@ -72,9 +72,10 @@ def test_blank_lines_have_no_loss():
 
 
 def test_packed_lines_restart_positions():
+    """In padding too: a short line beside a long one has no position that no row has."""
     packed = Collator(99, packed=True)([Lines(rows_of([4, 3, 6]), capacity=8)[1], []])
     assert packed["input_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6], [99] * 7]
-    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2]]
     assert packed["labels"].tolist() == [[-100, -100, 2, 3, -100, 5, 6], [-100] * 7]
 
 
