@@ -21,7 +21,7 @@
 #     SIDS         what SIDs are built from: fused (default: texts and SASRec; where the median item has fewer than 5
 #                  interactions, texts alone), text, or published (those of DATASET)
 #     TIME_BUDGET  seconds of training of SASRec and of SFT, at most; default: 300 each for MovieLens-100K, 900 otherwise.
-#                  RL has no time limit: its length is RL_ROWS (default: 4096; 512 for a short try)
+#                  RL has no time limit: its length is RL_ROWS (default: 2048; 512 for a short try)
 #     SEED         default: 42
 #     SFT_EPOCHS SFT_TASKS SFT_LEARNING_RATE SFT_BATCH_SIZE SFT_MICRO_BATCH_SIZE SFT_DROPOUT
 #     RL_ROWS RL_LEARNING_RATE RL_GENERATIONS RL_BETA
@@ -81,7 +81,7 @@ sft=(SFT_TASKS="${SFT_TASKS:-sid_seq}" NUM_EPOCHS="${SFT_EPOCHS:-0}" TRAIN_SPACE
     METRIC_FOR_BEST_MODEL=NDCG@10 EVAL_ROWS=2000 EARLY_STOPPING_PATIENCE=3)
 
 # The rest is the recipe of rl.sh. The start's weights are kept where RL does not help on valid.
-rl=(TRAIN_ROWS="${RL_ROWS:-4096}" TRAIN_BATCH_SIZE=512 GRADIENT_ACCUMULATION_STEPS=1 EVAL_ROWS=2000 EVAL_BATCH_SIZE=64
+rl=(TRAIN_ROWS="${RL_ROWS:-2048}" TRAIN_BATCH_SIZE=512 GRADIENT_ACCUMULATION_STEPS=1 EVAL_ROWS=2000 EVAL_BATCH_SIZE=64
     NUM_GENERATIONS="${RL_GENERATIONS:-}" LEARNING_RATE="${RL_LEARNING_RATE:-}" BETA="${RL_BETA:-}")
 
 # ------------------------------------------------------------------------------------------------ stages
@@ -147,10 +147,16 @@ if [ "$SIDS" != published ]; then
         "${text2emb[@]}" DATASET="$name" ROOT="$raw" PLM_CHECKPOINT="$encoder/model" bash rq/text2emb/amazon_text2emb.sh
 fi
 
-# Three balanced levels; as many codes, at most 256, as leave each cluster of the first level at least 6 items.
-codes=$(python -c 'import json, sys; n = len(json.load(open(sys.argv[1]))); print(2 ** max(1, min(8, (n // 6).bit_length() - 1)))' "$items")
+# As many codes, at most 256, as leave each cluster of the first level at least 6 items. Two levels where they give at least
+# four SIDs per item, else three: a third level lengthens every sequence by half and does not raise accuracy (RESULTS.md).
+shape=$(python -c '
+import json, sys
+items = len(json.load(open(sys.argv[1])))
+codes = 2 ** max(1, min(8, (items // 6).bit_length() - 1))
+print(codes, 2 if codes**2 >= 4 * items else 3)' "$items")
+read -r codes levels <<<"$shape"
 quantize() { # quantize NAME WHAT EMBEDDINGS INDEX
-    stage "$1" "$2" K="${K:-$codes}" L="${L:-3}" DATA_PATH="$3" OUTPUT_FILE="$4" bash rq/rqkmeans_constrained.sh
+    stage "$1" "$2" K="${K:-$codes}" L="${L:-$levels}" DATA_PATH="$3" OUTPUT_FILE="$4" bash rq/rqkmeans_constrained.sh
 }
 
 if [ -z "$DATASET" ]; then
