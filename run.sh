@@ -147,13 +147,13 @@ if [ "$SIDS" != published ]; then
         "${text2emb[@]}" DATASET="$name" ROOT="$raw" PLM_CHECKPOINT="$encoder/model" bash rq/text2emb/amazon_text2emb.sh
 fi
 
-# As many codes, at most 256, as leave each cluster of the first level at least 6 items. Two levels where they give at least
-# four SIDs per item, else three: a third level lengthens every sequence by half and does not raise accuracy (RESULTS.md).
+# As many codes, at most 256, as leave each cluster of the first level at least 6 items. Two levels where those clusters have
+# at most 16 items, else three: a third level lengthens every sequence by half (RESULTS.md).
 shape=$(python -c '
 import json, sys
 items = len(json.load(open(sys.argv[1])))
 codes = 2 ** max(1, min(8, (items // 6).bit_length() - 1))
-print(codes, 2 if codes**2 >= 4 * items else 3)' "$items")
+print(codes, 2 if 2 * items <= codes**2 and items <= 16 * codes else 3)' "$items")
 read -r codes levels <<<"$shape"
 quantize() { # quantize NAME WHAT EMBEDDINGS INDEX
     stage "$1" "$2" K="${K:-$codes}" L="${L:-$levels}" DATA_PATH="$3" OUTPUT_FILE="$4" bash rq/rqkmeans_constrained.sh

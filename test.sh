@@ -18,10 +18,8 @@ esac
 prepare_environment requirements.txt requirements-quickstart.txt requirements-dev.txt ${more[@]+"${more[@]}"}
 ruff check .
 ruff format --check .
-if [ "$selection" = vllm ]; then # a process for each file: vLLM changes the process that it starts in
-    for file in $(grep -rl "mark.vllm\|mark import vllm" tests --include='test_*.py'); do
-        python -m pytest -m vllm "$file"
-    done
+if [ "$selection" = vllm ]; then # a process for each file, as vLLM changes the process that it starts in; two at a time
+    grep -rl "mark.vllm\|mark import vllm" tests --include='test_*.py' | xargs -P 2 -I FILE python -m pytest -m vllm FILE
 else # one test at a time on each core: a test runs on one thread
     python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal -m "$selection"
 fi

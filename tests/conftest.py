@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, run_stage, sft_environment, write_world
-from zygote import Zygote
+from helpers import ROOT, forked_python, run_stage, sft_environment, write_world
 
 STARTED, MOST_SECONDS = time.monotonic(), float(os.environ.get("TEST_SECONDS", "inf"))
 
@@ -28,11 +27,9 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def zygote():
-    """A process that has imported what the stages import, and forks for each run."""
-    started = Zygote()
-    yield started
-    started.close()
+def python():
+    """A `python` that has imported what the stages import, and forks for each start."""
+    return forked_python()
 
 
 @pytest.fixture(scope="session")

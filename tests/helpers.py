@@ -1,8 +1,11 @@
 """Shared scaffolding of the tests: a small data set in the published layout, and how to run a stage."""
 
+import atexit
+import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from forked_python import ForkedPython
 
 ROOT = Path(__file__).parent.parent
 INDUSTRIAL = ROOT.parent / "shared" / "data" / "industrial"
@@ -58,16 +62,40 @@ def write_world(folder: Path, seed: int = 0) -> SimpleNamespace:
     )
 
 
-def run_stage(script: str, *arguments, env: dict | None = None, check: bool = True, timeout: int = 600):
-    """Run `python script …` or `bash script.sh` from the project's root; returns the completed process."""
-    command = ["bash", script] if script.endswith(".sh") else [sys.executable, script]
+@functools.cache
+def forked_python() -> ForkedPython:
+    python = ForkedPython()
+    atexit.register(python.close)
+    return python
+
+
+def environment_of(fresh: bool = False, **more) -> dict[str, str]:
+    """The variables of a stage: one thread, and a `python` that forks, or the real one."""
+    folder = Path(sys.executable).parent
+    path = f"{folder}:{os.environ['PATH']}" if fresh else f"{forked_python().folder}:{folder}:{os.environ['PATH']}"
+    return os.environ | {"OMP_NUM_THREADS": "1", "PATH": path} | {name: str(value) for name, value in more.items()}
+
+
+def arguments_of(options: dict) -> list[str]:
+    """`--name value …`; a list gives several values."""
+    values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+    return [str(part) for name, given in values.items() for part in (f"--{name}", *given)]
+
+
+def run_stage(script: str, *arguments, env: dict | None = None, check: bool = True, timeout: int = 600, fresh=False):
+    """Run `python script …` or `bash script.sh` from the project's root; returns the completed process.
+
+    fresh: with a `python` that imports everything itself, as a user's does.
+    """
+    command = ["bash", script] if script.endswith(".sh") else ["python", script]
     if not script.endswith((".py", ".sh")):
-        command = [sys.executable, "-m", script]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        command = ["python", "-m", script]
+    environment = environment_of(fresh, **env or {})
+    command[0] = shutil.which(command[0], path=environment["PATH"])
     done = subprocess.run(
         [*command, *map(str, arguments)],
         cwd=ROOT,
-        env=environment | {k: str(v) for k, v in (env or {}).items()},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -99,11 +127,10 @@ def sft_environment(world, base_model, output, **more) -> dict:
 
 def killed_midway(script: str, environment: dict, output: Path) -> None:
     """Start a launcher, and kill all its processes once it has written a checkpoint."""
-    own = {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     process = subprocess.Popen(
         ["bash", script],
         cwd=ROOT,
-        env=os.environ | own | {k: str(v) for k, v in environment.items()},
+        env=environment_of(fresh=True, **environment),
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

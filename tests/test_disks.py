@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import sft_environment
+from helpers import arguments_of, sft_environment
 
 
 @pytest.fixture
-def run(world, base_model, tmp_path, small_disk, zygote):
+def run(world, base_model, tmp_path, small_disk, python):
     """A function that runs a stage, which writes to `small_disk`: (exit code, what it has printed)."""
     np.save(tmp_path / "toy.emb-x-td.npy", np.random.default_rng(0).normal(size=(48, 64)).astype(np.float32))
     files = {"TRAIN_FILE": world.train, "VALID_FILE": world.valid, "TEST_FILE": world.test, "INFO_FILE": world.info}
@@ -26,18 +26,17 @@ def run(world, base_model, tmp_path, small_disk, zygote):
         "convert_dataset": {"DATASET_NAME": "toy", "DATA_DIR": world.folder, "OUTPUT_DIR": out},
         "sasrec": files | {"OUTPUT_DIR": out, "HIDDEN_SIZE": 8, "EPOCHS": 1, "DEVICE": "cpu"},
         "rq.rqvae": {
-            "DATA_PATH": tmp_path / "toy.emb-x-td.npy", "CKPT_DIR": out, "LAYERS": "64", "NUM_EMB_LIST": "8 8",
+            "DATA_PATH": tmp_path / "toy.emb-x-td.npy", "CKPT_DIR": out, "LAYERS": [64], "NUM_EMB_LIST": [8, 8],
             "EPOCHS": 2, "EVAL_STEP": 1, "WARMUP_EPOCHS": 0,
         },
         "sft": sft_environment(world, base_model, out, SFT_TASKS="sid_seq", NUM_EPOCHS=1),
     }  # fmt: skip
 
     def start(stage: str) -> SimpleNamespace:
-        given = {name.lower(): str(value).split() for name, value in stages[stage].items() if name != "NPROC"}
-        arguments = [part for name, values in given.items() for part in (f"--{name}", *values)]
+        options = {name.lower(): value for name, value in stages[stage].items() if name != "NPROC"}
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
-        code, _ = zygote.run(stage, arguments, log)
+        code, _ = python.run(["-m", stage, *arguments_of(options)], log)
         return SimpleNamespace(returncode=code, printed=log.read_text())
 
     return start

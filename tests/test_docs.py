@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, environment_of
 
 from minionerec.common.errors import UserError
 from minionerec.common.options import arguments_from_variables, parse
@@ -319,11 +319,9 @@ def quickstart(world, base_model, checkpoint_folder, tmp_path_factory):
 
 
 def run_block(block: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     script = "set -e\n" + "\n".join(line for line in block.splitlines() if ".venv/bin/activate" not in line)
     return subprocess.run(
-        ["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        ["bash", "-c", script], cwd=ROOT, env=environment_of(NPROC=1), capture_output=True, text=True, timeout=600
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import write_encoder
+from helpers import arguments_of, write_encoder
 
 KILLS = int(os.environ.get("KILLS", 4))
 MOST_STARTS = 200
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="session")
-def made(zygote, world, base_model, tmp_path_factory):
+def made(python, world, base_model, tmp_path_factory):
     """Inputs of the stages: embeddings, codebooks, a quantizer, an encoder, a baseline, an SFT checkpoint."""
     folder = tmp_path_factory.mktemp("made")
     rng = np.random.default_rng(0)
@@ -30,7 +30,7 @@ def made(zygote, world, base_model, tmp_path_factory):
     write_encoder(folder / "encoder")
     for name in ("rqkmeans_constrained", "rqvae", "sasrec", "sft"):
         stage, options, _ = STAGES[name](folder, folder / name, world, base_model)
-        status, _ = zygote.run(stage, options, folder / f"{name}.log")
+        status, _ = python.run(["-m", stage, *arguments_of(options)], folder / f"{name}.log")
         assert status == 0, (folder / f"{name}.log").read_text()[-3000:]
     return folder
 
@@ -156,12 +156,12 @@ def require_whole(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_killed_at_random_moments(name, made, zygote, world, base_model, tmp_path, record_property):
+def test_killed_at_random_moments(name, made, python, world, base_model, tmp_path, record_property):
     def start(run: str, kill_after: float | None = None):
         folder, log = tmp_path / run / "out", tmp_path / f"{run}.log"
         folder.parent.mkdir(exist_ok=True)
         stage, options, patterns = STAGES[name](made, folder, world, base_model)
-        status, seconds = zygote.run(stage, options, log, kill_after)
+        status, seconds = python.run(["-m", stage, *arguments_of(options)], log, kill_after)
         assert status in ((0, -9) if kill_after else (0,)), log.read_text()[-3000:]
         require_whole(folder)
         return status, seconds, results(folder, patterns)

@@ -120,7 +120,7 @@ def test_help(path, tmp_path):
 @pytest.mark.parametrize("arguments, found", [(["--nonsense", "1"], "unknown option --nonsense"), ([], "is required")])
 def test_unknown_and_missing_options_are_one_line(path, arguments, found, tmp_path):
     before = {path.name for path in ROOT.iterdir()}
-    done = run_stage(path, *arguments, env={"NPROC": 1, "ACCELERATE_CONFIG": ""}, check=False)
+    done = run_stage(path, *arguments, env={"NPROC": 1, "ACCELERATE_CONFIG": ""}, check=False, fresh=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and found in done.stderr
     assert "output" in before or not (ROOT / "output").exists()
@@ -130,7 +130,7 @@ def test_unknown_and_missing_options_are_one_line(path, arguments, found, tmp_pa
 def test_a_wrong_number_of_processes_is_one_line(path):
     if " python " in re.search(r"^launch .*", read(path).text, re.MULTILINE).group():
         pytest.skip("one process")
-    done = run_stage(path, env={"NPROC": 0}, check=False)
+    done = run_stage(path, env={"NPROC": 0}, check=False, fresh=True)
     assert done.returncode == 2 and done.stderr == "error: NPROC is '0', expected a number of processes, at least 1\n"
 
 
@@ -146,7 +146,10 @@ WRONG_PATHS = {
 def test_a_wrong_path_is_one_line(path, processes, tmp_path):
     variables = {name: tmp_path / "nowhere" / name.lower() for name in WRONG_PATHS[path].split()}
     done = run_stage(
-        path, env=variables | {"NPROC": processes, "ACCELERATE_CONFIG": "", "OMP_WAIT_POLICY": "PASSIVE"}, check=False
+        path,
+        env=variables | {"NPROC": processes, "ACCELERATE_CONFIG": "", "OMP_WAIT_POLICY": "PASSIVE"},
+        check=False,
+        fresh=True,
     )
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(rf"error: {tmp_path}/nowhere/\w+: no such file or folder; check --\w+\n", done.stderr)
@@ -159,7 +162,7 @@ def test_a_variable_that_is_not_listed_reaches_the_script_and_arguments_override
         "MODEL": "caser", "EARLY_STOP": "1", "EPOCHS": "2", "LR": "0.5", "NUM_FILTERS": "3",
         "OUTPUT_DIR": tmp_path / "out",
     }  # fmt: skip
-    run_stage("sasrec.sh", "--epochs", "1", "--hidden_size", "8", env=environment)
+    run_stage("sasrec.sh", "--epochs", "1", "--hidden_size", "8", env=environment, fresh=True)
     record = Path(tmp_path / "out" / "run.json").read_text()
     for found in ('"early_stop": 1', '"epochs": 1', '"learning_rate": 0.5', '"num_filters": 3', '"hidden_size": 8'):
         assert found in record

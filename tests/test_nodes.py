@@ -10,11 +10,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run_stage, sft_environment
+from helpers import ROOT, environment_of, run_stage, sft_environment
 from safetensors.torch import load_file
 
 CONFIGS = {"torchrun": "", "DDP": "config/cpu.yaml", "ZeRO-2": "config/zero2_opt.yaml", "ZeRO-3": "config/zero3.yaml"}
@@ -22,13 +21,12 @@ CONFIGS = {"torchrun": "", "DDP": "config/cpu.yaml", "ZeRO-2": "config/zero2_opt
 
 def start_nodes(environment: dict, port: str, launcher: str = "sft.sh") -> list[tuple[int, str, str]]:
     """(exit code, output, errors) of a launcher on each of two nodes."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    shared = environment | {"NPROC": 1, "NNODES": 2, "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "PATH": path}
+    shared = environment | {"NPROC": 1, "NNODES": 2, "MASTER_PORT": port}
     nodes = [
         subprocess.Popen(
             ["bash", launcher],
             cwd=ROOT,
-            env=os.environ | {name: str(value) for name, value in shared.items()} | {"NODE_RANK": str(rank)},
+            env=environment_of(**shared, NODE_RANK=rank),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -5,16 +5,14 @@ A line with an error gets an error, the others their answers; what a title holds
 
 import io
 import json
-import os
 import queue
 import re
 import shutil
 import subprocess
-import sys
 import threading
 
 import pytest
-from helpers import N_ITEMS, ROOT, run_stage
+from helpers import N_ITEMS, ROOT, environment_of, forked_python, run_stage
 
 import recommend
 from minionerec.common.errors import UserError
@@ -161,9 +159,9 @@ def test_lines_that_wait_form_a_batch():
 
 def test_a_client_gets_its_answer_before_it_sends_the_next_line(world, checkpoint_folder):
     """And a bad line gets an error; bytes that are no text are one of them."""
-    command = [sys.executable, "recommend.py", "--base_model", str(checkpoint_folder), "--info_file", str(world.info)]
+    command = [forked_python().executable, "recommend.py", "--base_model", checkpoint_folder, "--info_file", world.info]
     server = subprocess.Popen(
-        [*command, "--jsonl", "True", "--K", "2", "--category", "books"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [*command, "--jsonl", "True", "--K", "2", "--category", "books"], cwd=ROOT, env=environment_of(),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     ended = threading.Timer(120, server.kill)
@@ -188,10 +186,9 @@ def test_titles_with_terminal_escapes_are_shown_escaped(world, checkpoint_folder
     shown = run_stage(*command, "--history", "3", "--K", "4").stdout
     assert r"\x1b]0;pwned\x07 \x9b31m \u202e number 3," in shown
     assert not set(bad) & set(shown) - set(" 0123456789abcdefghijklmnopqrstuvwxyz];")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     served = subprocess.run(
-        [sys.executable, *map(str, command), "--jsonl", "True"],
-        cwd=ROOT, env=environment, input='{"history": [3]}\n', capture_output=True, text=True, check=True,
+        [forked_python().executable, *command, "--jsonl", "True"],
+        cwd=ROOT, env=environment_of(), input='{"history": [3]}\n', capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert not set(served) & {"\x1b", "\x07", "\x9b", "\u202e"} and bad in json.loads(served)["predict"][0]["title"]
 

@@ -667,5 +667,7 @@ def test_two_processes_with_vllm_train_as_one_without(world, vllm_checkpoint, re
     for processes, engine in ((1, "transformers"), (2, "vllm")):
         split = {"NPROC": processes, "TRAIN_BATCH_SIZE": 16 // processes, "ROLLOUT": engine, "EVAL_STEP": 0.5}
         split |= {"REWARD_TYPE": "sasrec", "BASELINE_PATH": reward_files[1]}
-        run_stage("rl.sh", env=environment(world, vllm_checkpoint, tmp_path / engine, **split, TRAIN_ROWS=32))
+        run_stage(
+            "rl.sh", env=environment(world, vllm_checkpoint, tmp_path / engine, **split, TRAIN_ROWS=32), fresh=True
+        )
     assert_same_weights(tmp_path / "transformers", tmp_path / "vllm", vllm_checkpoint, 1e-2)

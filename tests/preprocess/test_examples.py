@@ -3,7 +3,6 @@
 import gzip
 import importlib
 import json
-import os
 import random
 import re
 import subprocess
@@ -11,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, run_stage
+from helpers import ROOT, environment_of, run_stage
 
 from minionerec.common.options import parse
 
@@ -90,11 +89,7 @@ def test_embeddings_of_another_kind(raw):
     made = np.load(folder / "raw" / "Beauty.emb-mine-td.npy")
     np.testing.assert_allclose(made[[int(name) for name in names]], vectors, rtol=1e-6)
     [block] = re.findall(r"^```bash\n(.*?)^```", EMBEDDINGS, re.M | re.S)
-    environment = os.environ | {
-        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-    }
     script = "set -e\n" + block.replace("output/beauty", str(folder))
-    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment_of(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len((folder / "data" / "test" / "Beauty.csv").read_text().splitlines()) == 14

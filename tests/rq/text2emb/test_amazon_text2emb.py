@@ -6,17 +6,15 @@ file is not made again; a killed run is resumed, and ends with the bytes of an u
 """
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_encoders
 import torch
-from helpers import ROOT, run_stage
+from helpers import ROOT, environment_of, run_stage
 from rq_helpers import refusal
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
@@ -324,12 +322,11 @@ def test_two_nodes_with_an_encoder_that_returns_nan(tmp_path, free_port):
     folder = small_encoders.write("bert", tmp_path / "bert")
     nan_weights(folder)
     write_items(tmp_path / "D", 60)
-    shared = environment(tmp_path / "D", folder, NNODES=2, MASTER_PORT=free_port, OMP_NUM_THREADS=1)
-    shared |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    shared = environment(tmp_path / "D", folder, NNODES=2, MASTER_PORT=free_port)
     nodes = [
         subprocess.Popen(
             ["bash", "rq/text2emb/amazon_text2emb.sh"], cwd=ROOT, text=True, stderr=subprocess.PIPE,
-            env=os.environ | {k: str(v) for k, v in shared.items()} | {"NODE_RANK": str(rank)},
+            env=environment_of(**shared, NODE_RANK=rank),
         )
         for rank in range(2)
     ]  # fmt: skip
