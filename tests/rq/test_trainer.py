@@ -3,13 +3,12 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, environment_of, forked_python
 from rq_helpers import clustered, train
 
 from rq.checkpoints import load_model
@@ -85,9 +84,13 @@ def test_killed_at_any_moment(command, embedding_file, tmp_path):
 
     def start(folder):
         output = ["--ckpt_dir", folder] if command == "rqvae" else ["--output_file", folder / "D.index.json"]
-        words = [sys.executable, "-m", f"rq.{command}", "--data_path", embedding_file, *output, *arguments]
+        words = [forked_python().executable, "-m", f"rq.{command}", "--data_path", embedding_file, *output, *arguments]
         return subprocess.Popen(
-            [str(word) for word in words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [str(word) for word in words],
+            cwd=ROOT,
+            env=environment_of(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
 
     def files(folder):
