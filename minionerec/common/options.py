@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from minionerec.common import console
 from minionerec.common.errors import UserError
 from minionerec.common.files import require_file
-from minionerec.common.processes import leave_group, report_error
+from minionerec.common.processes import end_with_launcher, leave_group, report_error
 
 SETTING, INPUT, OUTPUT, RUNTIME = "setting", "input", "output", "runtime"
 WITHDRAWALS: list[Callable[[], None]] = []  # undo what a refused start has written; `minionerec.common.runs` adds to it
@@ -199,6 +199,7 @@ def run(main: Callable, options_class: type) -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     WITHDRAWALS.clear()
+    end_with_launcher()
     try:
         options = parse(options_class, arguments)
         console.configure(getattr(options, "verbose", False), getattr(options, "quiet", False))

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from minionerec.common.errors import UserError
 from minionerec.common.text import printable
 
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent ends
 ERRORS = "MINIONEREC_ERRORS"  # folder in which the processes of one launch leave their error lines
 
 
@@ -54,6 +56,18 @@ def on_main_process(function: Callable):
     if isinstance(result, Exception):
         raise result
     return result
+
+
+def end_with_launcher() -> None:
+    """Under torchrun or accelerate, on Linux: end at once when the launcher ends.
+
+    They start processes in sessions of their own. Where the launcher is killed, those would go on writing into the
+    folder that the next start writes into.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def leave_group(code: int) -> None:

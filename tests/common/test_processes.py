@@ -1,12 +1,16 @@
 """One process among several: one error line, and an end that cannot abort.
 
 Invariants: an error is one line, printed here or left for the launcher; a function of the main process runs once and
-its result or error reaches every process; a process of a group exits with `os._exit` after its exit handlers.
+its result or error reaches every process; a process of a group exits with `os._exit` after its exit handlers, and ends with
+a launcher that is killed.
 """
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -88,6 +92,44 @@ def test_the_main_process_works_for_all(kind, line, free_port):
     ]
     output = [process.communicate(timeout=120)[0].splitlines() for process in started]
     assert output == [["called", line], [line]]
+
+
+LAUNCHER = '''
+import os, subprocess, sys, time
+worker = """
+import time
+from minionerec.common.processes import end_with_launcher
+end_with_launcher()
+print(1, flush=True)
+time.sleep(60)
+"""
+started = subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE, start_new_session=True)
+started.stdout.readline()
+print(started.pid, flush=True)
+time.sleep(60)
+'''
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent has ended")
+@pytest.mark.parametrize("variables, lives", [({"TORCHELASTIC_RUN_ID": "none"}, False), ({}, True)])
+def test_processes_end_with_a_launcher_that_is_killed(variables, lives):
+    """Those of torchrun and accelerate, which are in sessions of their own."""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"} | variables
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+    worker = int(launcher.stdout.readline())
+    launcher.kill()
+    launcher.wait()
+
+    def running() -> bool:
+        status = Path(f"/proc/{worker}/stat")
+        return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+    deadline = time.monotonic() + (1 if lives else 30)
+    while running() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert running() == lives
+    if lives:
+        os.kill(worker, signal.SIGKILL)
 
 
 ONE_OF_SEVERAL = """
