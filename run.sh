@@ -81,7 +81,7 @@ sft=(SFT_TASKS="${SFT_TASKS:-sid_seq}" NUM_EPOCHS="${SFT_EPOCHS:-0}" TRAIN_SPACE
     METRIC_FOR_BEST_MODEL=NDCG@10 EVAL_ROWS=2000 EARLY_STOPPING_PATIENCE=3)
 
 # The rest is the recipe of rl.sh. The start's weights are kept where RL does not help on valid.
-rl=(TRAIN_ROWS="${RL_ROWS:-2048}" TRAIN_BATCH_SIZE=512 GRADIENT_ACCUMULATION_STEPS=1 EVAL_ROWS=2000 EVAL_BATCH_SIZE=64
+rl=(TRAIN_ROWS="${RL_ROWS:-2048}" TRAIN_BATCH_SIZE=512 GRADIENT_ACCUMULATION_STEPS=1 EVAL_ROWS=5000 EVAL_BATCH_SIZE=64
     NUM_GENERATIONS="${RL_GENERATIONS:-}" LEARNING_RATE="${RL_LEARNING_RATE:-}" BETA="${RL_BETA:-}")
 
 # ------------------------------------------------------------------------------------------------ stages
