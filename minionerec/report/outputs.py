@@ -53,12 +53,10 @@ class Output:
 
     @cached_property
     def logs(self) -> dict[str, list[dict]]:
-        """{training: what it has logged}."""
-        return {
-            path.parent.name: read_log(path.parent)
-            for path in sorted(self.folder.glob(f"*/{LOG_FILE}"))
-            if is_current(path)
-        }
+        """{training: what it has logged}, in the order in which they began."""
+        folders = [path.parent for path in sorted(self.folder.glob(f"*/{LOG_FILE}")) if is_current(path)]
+        began = {folder: runs.read_record(folder / runs.RECORD).get("started", 0) for folder in folders}
+        return {folder.name: read_log(folder) for folder in sorted(folders, key=began.get)}
 
     @cached_property
     def indexes(self) -> dict[str, Path]:

@@ -99,6 +99,7 @@ def test_every_figure_says_what_it_shows(page):
 
 
 def test_curves_are_those_of_the_logs(page):
+    assert page.index("sft: HR@K on valid") < page.index("rl: HR@K on valid")  # in the order of the trainings
     assert cells(page, "sft: HR@K on valid")["3"] == ["0.3000"]
     assert cells(page, "rl: reward by function, mean")["2"] == ["0.2000", "0.5000"]
     assert cells(page, "rl: the target&#39;s prefix in its group")["1"] == ["0.9000", "0.5000"]
