@@ -78,8 +78,9 @@ def leave_group(code: int) -> None:
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
-        atexit._run_exitfuncs()  # wandb and others finish there
+        atexit._run_exitfuncs()  # wandb and others finish there; vLLM takes down its groups, and fails where they are gone
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

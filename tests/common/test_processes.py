@@ -150,7 +150,7 @@ class Options(StageOptions):
 def main(options):
     sys.aborts = Aborts()
     torch.distributed.init_process_group("gloo", init_method=f"file://{os.environ['STORE']}", rank=0, world_size=1)
-    atexit.register(print, "tracker finished")
+    atexit.register(lambda: print("tracker finished, group", torch.distributed.is_initialized()))
     print("result")
     if options.wrong:
         raise UserError("wrong")
@@ -169,7 +169,7 @@ def test_a_process_of_a_group_ends_without_interpreter_shutdown(tmp_path, wrong)
         text=True,
     )
     assert done.returncode == (2 if wrong else 0), done.stderr
-    assert done.stdout.split("\n") == ["result", "tracker finished", ""]
+    assert done.stdout.split("\n") == ["result", "tracker finished, group True", ""]
     assert done.stderr.endswith("error: wrong\n" if wrong else "")
 
 
