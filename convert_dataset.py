@@ -77,7 +77,7 @@ def _parsed(table, path: str | Path, n_items: int):
     from minionerec.common.tables import refuse_rows
 
     user, history, target = (table[column] for column in COLUMNS)
-    words = history.fill_null("").str.strip_chars(" ").str.replace_all("  +", " ").str.split(" ")
+    words = history.fill_null("").str.split(" ")
     numbers = words.list.eval(pl.element().filter(pl.element() != "")).cast(pl.List(pl.Int64), strict=False)
     known = pl.element().is_between(0, n_items - 1).fill_null(False)
     expected = f"ids of the item file, 0..{n_items - 1}"
