@@ -1,7 +1,7 @@
 """`python` without the seconds of its imports: a process that has imported everything and forks for each start.
 
     python = ForkedPython()
-    python.executable                a stand-in for `python`, in a folder of its own: put `python.folder` first in PATH
+    python.executable                a stand-in for `python`, in its own folder: put `python.folder` first in PATH
     python.run(arguments, log)       start one directly, and kill it after some time
 
 What is started has the arguments, folder, environment, streams and exit status of the real thing. Only the packages that
