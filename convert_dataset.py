@@ -11,8 +11,8 @@ Reads `<D>.item.json`, `<D>.index.json`, `<D>.{train,valid,test}.inter` from `da
 
 With `--to_inter`, the other way round: the CSVs of `csv_dir` become `<D>.{train,valid,test}.inter`.
 
-Everything is read and checked before anything is written, so the files always belong together. Rows are converted in
-parts: ten million take a few gigabytes.
+Rows are read, checked and written in parts, so memory does not grow with their number. The files get their names after
+all of them are written, so they always belong together: a bad row leaves the old ones.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from minionerec.common.options import OUTPUT, RUNTIME, StageOptions, option, run
 
 SPLITS = ("train", "valid", "test")
 COLUMNS = ("user_id:token", "item_id_list:token_seq", "item_id:token")
-PART = 4_000_000  # items of histories, or rows of a file, that are converted at once
+PART = 4_000_000  # items of histories that are converted at once
 
 
 @dataclass
@@ -52,26 +52,23 @@ class Options(StageOptions):
         self.at_least(1, "max_history")
 
 
-def read_inter(path: str | Path, n_items: int):
-    """Columns user, history (list of int, oldest first), target; raises `UserError` naming the row of a bad cell.
+def read_inter(path: str | Path, n_items: int) -> Iterator:
+    """Tables, one after the other, with the columns user, history (list of int, oldest first), target.
 
-    A history may be empty.
+    A history may be empty. Raises `UserError` naming the row of a bad cell.
     """
-    import polars as pl
+    from minionerec.common.tables import read_csv_parts
 
-    from minionerec.common.tables import read_csv
-
-    table = read_csv(path, "data_dir", separator="\t", quote_char=None)
-    if table.columns[1:] != [*COLUMNS]:
-        raise UserError(
-            f"{path}: found columns {table.columns[1:]}, expected {[*COLUMNS]}; run stage 0 (preprocess) again"
-        )
-    parts = [_parsed(part, path, n_items) for part in table.iter_slices(PART)]
-    return pl.concat(parts) if parts else _parsed(table, path, n_items)
+    for table in read_csv_parts(path, "data_dir", separator="\t"):
+        if table.columns[1:] != [*COLUMNS]:
+            raise UserError(
+                f"{path}: found columns {table.columns[1:]}, expected {[*COLUMNS]}; run stage 0 (preprocess) again"
+            )
+        yield _parsed(table, path, n_items)
 
 
 def _parsed(table, path: str | Path, n_items: int):
-    """The rows of `read_inter`, as integers of 32 bits."""
+    """A table of `read_inter`, with integers of 32 bits."""
     import polars as pl
 
     from minionerec.common.tables import refuse_rows
@@ -87,16 +84,17 @@ def _parsed(table, path: str | Path, n_items: int):
     return pl.DataFrame({"user": user, "history": numbers.cast(pl.List(pl.Int32)), "target": item})
 
 
-def read_rows(path: Path, sids: list[str]):
-    """Columns user, history, target of an .inter file or of a CSV, whose SIDs do not matter."""
+def read_rows(path: Path, sids: list[str]) -> Iterator:
+    """Tables user, history, target of an .inter file or of a CSV, whose SIDs do not matter."""
     import polars as pl
 
     from minionerec.catalog.sequences import read_sequences
 
     if path.suffix == ".inter":
-        return read_inter(path, len(sids))
-    rows = read_sequences(path, sids, "csv_dir", check_sids=False)
-    return rows.select("user", pl.col("seen").alias("history"), "target")
+        yield from read_inter(path, len(sids))
+    else:
+        rows = read_sequences(path, sids, "csv_dir", check_sids=False)
+        yield rows.select("user", pl.col("seen").alias("history"), "target")
 
 
 def parts_of(rows) -> Iterator:
@@ -137,8 +135,8 @@ def to_csv_rows(rows, items):
     )
 
 
-def read_all(options: Options, sources: dict[str, Path]) -> tuple:
-    """(rows of each split, the items, the lines of the info file)."""
+def read_items(sources: dict[str, Path]) -> tuple:
+    """(the items, the lines of the info file)."""
     import polars as pl
 
     from minionerec.catalog.items import read_titles
@@ -159,15 +157,23 @@ def read_all(options: Options, sources: dict[str, Path]) -> tuple:
             "id_literal": [str(item) for item in range(len(sids))],
         }
     )
-    tables = {}
-    for split in SPLITS:
-        rows = read_rows(sources[split], sids)
-        if split == "train":
-            rows = rows.with_columns(pl.col("history").list.tail(options.max_history))
-        tables[split] = rows
     lines = [f"{sid}\t{title}\t{item}\n" for item, (sid, title) in enumerate(zip(sids, titles, strict=True))]
     say(f"{len(sids)} items, {len(set(sids))} SIDs")
-    return tables, items, lines
+    return items, lines
+
+
+def convert_split(source: Path, items, max_history: int | None, f) -> int:
+    """Write the rows of one split as CSV, with the last `max_history` items of each history; returns their number."""
+    import polars as pl
+
+    count, sids = 0, items["sid"].to_list()
+    for rows in read_rows(source, sids):
+        if max_history:
+            rows = rows.with_columns(pl.col("history").list.tail(max_history))
+        for part in parts_of(rows):
+            to_csv_rows(part, items).write_csv(f, include_header=not f.tell())
+        count += len(rows)
+    return count
 
 
 def split_file(options: Options, split: str) -> Path:
@@ -192,8 +198,6 @@ def write_inter(f, rows) -> None:
 
 def back(options: Options) -> None:
     """The CSVs of a folder in the published layout as .inter files."""
-    import polars as pl
-
     options.require("dataset_name", "csv_dir", "output_dir")
     infos = sorted(Path(options.csv_dir, "info").glob("*.txt"))
     if len(infos) != 1:
@@ -204,10 +208,12 @@ def back(options: Options) -> None:
     record = runs.begin(options, "convert back", files=list(files.values()), record=record, inputs=sources)
     if record.complete:
         return
+    import polars as pl
+
     from minionerec.catalog.items import read_info
 
     sids = read_info(sources["info"], "csv_dir").sids
-    tables = {split: read_rows(sources[split], sids) for split in SPLITS}
+    tables = {split: pl.concat(read_rows(sources[split], sids)) for split in SPLITS}
     for split, rows in tables.items():
         for user in rows["user"].filter(rows["user"].str.contains("[\t\r\n]")).head(1):
             raise UserError(f"{sources[split]}: user {user[:60]!r} has a tab or a line end; rename it")
@@ -237,17 +243,17 @@ def main(options: Options) -> None:
     )
     if record.complete:
         return
-    tables, items, lines = read_all(options, sources)
+    items, lines = read_items(sources)
+    counts = {}
     with ExitStack() as stack:  # the files get their names after all of them are written
-        for split, rows in tables.items():
+        for split in SPLITS:
             f = stack.enter_context(atomic_file(files[split], "wb"))
-            for number, part in enumerate(parts_of(rows)):
-                to_csv_rows(part, items).write_csv(f, include_header=number == 0)
+            counts[split] = convert_split(sources[split], items, options.max_history if split == "train" else None, f)
             f.flush()
         f = stack.enter_context(atomic_file(info))
         f.writelines(lines)
         f.flush()
-    say(", ".join(f"{split} {len(table)} rows" for split, table in tables.items()))
+    say(", ".join(f"{split} {rows} rows" for split, rows in counts.items()))
     record.finish()
 
 

@@ -1,6 +1,6 @@
 """Conversion.
 
-Invariants: everything is read before anything is written, so a bad file leaves the old result whole; the four files that
+Invariants: no file gets its name before all of them are written, so a bad file leaves the old result whole; the four files that
 are written say the same as the sources; a finished conversion is skipped, a changed source is converted again.
 """
 
@@ -18,6 +18,7 @@ import convert_dataset
 from convert_dataset import Options, main, read_inter
 from minionerec.catalog.items import read_info
 from minionerec.catalog.sequences import read_sequences
+from minionerec.common import tables
 from minionerec.common.errors import UserError
 
 HEADER = "user_id:token\titem_id_list:token_seq\titem_id:token\n"
@@ -138,7 +139,7 @@ def inter(tmp_path, body: str, header: str = HEADER):
 def test_histories_of_any_length_and_blanks(tmp_path):
     long = " ".join(["0"] * 10_000)
     path = inter(tmp_path, f"u\t0  1\t2\n\u00e9\t 0 1 \t2\n\t\t1\n\nv\t{long}\t0\n", "\ufeff" + HEADER)
-    rows = read_inter(path, 3)
+    rows = pl.concat(read_inter(path, 3))
     assert rows["history"].list.len().to_list() == [2, 2, 0, 10_000] and rows["target"].to_list() == [2, 2, 1, 0]
 
 
@@ -161,13 +162,13 @@ def test_bad_rows(tmp_path, case):
     body, found = BAD_ROWS[case]
     path = inter(tmp_path, body)
     with pytest.raises(UserError) as refused:
-        read_inter(path, 3)
+        list(read_inter(path, 3))
     assert str(path) in str(refused.value) and found in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_other_columns(tmp_path):
     with pytest.raises(UserError, match="found columns .* expected .*item_id_list:token_seq"):
-        read_inter(inter(tmp_path, "", "user_id:token\titem_id:token\n"), 3)
+        list(read_inter(inter(tmp_path, "", "user_id:token\titem_id:token\n"), 3))
 
 
 def test_empty_histories_and_titles_are_converted(tmp_path):
@@ -278,6 +279,7 @@ def test_the_published_csvs_back_and_there(tmp_path):
 def test_parts_of_any_size(tmp_path, monkeypatch):
     world = write_world(tmp_path / "whole")
     monkeypatch.setattr(convert_dataset, "PART", 7)
+    monkeypatch.setattr(tables, "CHUNK", 50)
     assert write_world(tmp_path / "parts").train.read_bytes() == world.train.read_bytes()
     main(back(tmp_path / "parts", tmp_path / "back"))
     assert (tmp_path / "back" / "toy.train.inter").read_bytes() == (tmp_path / "whole" / "toy.train.inter").read_bytes()

@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from helpers import ROOT
 from hypothesis import HealthCheck, given, settings
@@ -53,7 +54,7 @@ def sequences(path: Path) -> None:
 
 
 def inter(path: Path) -> None:
-    rows = read_inter(path, 3)
+    rows = pl.concat(read_inter(path, 3))
     assert rows["target"].is_between(0, 2).all() and rows["history"].explode().drop_nulls().is_between(0, 2).all()
 
 

@@ -1,13 +1,17 @@
 """Tables: exactly the file that is named is read, and what is wrong with it is one line.
 
 Invariants: `*`, `?` and `[` in a path are characters, not patterns; a folder is no table; a byte-order mark is accepted;
-every malformed CSV is a `UserError` that names file and row; rows keep the numbers that an editor shows.
+every malformed CSV is a `UserError` that names file and row; rows keep the numbers that an editor shows; a file in parts is
+the whole file, with the same faults.
 """
 
+import gzip
+
+import polars as pl
 import pytest
 
 from minionerec.common.errors import UserError
-from minionerec.common.tables import ROW, read_csv, read_text, refuse_rows
+from minionerec.common.tables import ROW, read_csv, read_csv_parts, read_text, refuse_rows
 
 
 def write(tmp_path, content: bytes, name: str = "x.csv"):
@@ -75,6 +79,33 @@ def test_a_malformed_table_is_one_line(tmp_path, case):
         read_csv(path, "file")
     message = str(refused.value)
     assert message.startswith(str(path)) and found in message and "\n" not in message
+
+
+PARTS = {
+    "rows": b"a,b\n1,2\n3,\n,4\n",
+    "no end of line": b"a,b\n1,2\n3,4",
+    "a mark, a blank first line, CRLF": b"\xef\xbb\xbf\r\na,b\r\n1,2\r\n\r\n3,4\r\n",
+    "blank lines": b"a,b\n\n\n1,2\n\n\n3,4\n\n\n",
+    "quotes": b'a,b\n"1,2\n"3,4"\n',
+    "a header": b"a,b\n",
+    "gzip": gzip.compress(b"a,b\n1,2\n3,4\n"),
+    "a broken gzip": gzip.compress(b"a,b\n1,2\n3,4\n")[:-9],
+} | {case: content for case, (content, _) in BAD.items() if b'"' not in content}
+
+
+@pytest.mark.parametrize("size", [1, 6, 1000])
+@pytest.mark.parametrize("case", PARTS)
+def test_parts_are_the_whole(tmp_path, case, size):
+    path = write(tmp_path, PARTS[case])
+
+    def found(read) -> list | str:
+        try:
+            return read().rows()
+        except UserError as error:
+            return str(error)
+
+    whole = found(lambda: read_csv(path, "file", quote_char=None))
+    assert whole == found(lambda: pl.concat(read_csv_parts(path, "file", separator=",", size=size)))
 
 
 def test_long_cells_are_no_fault(tmp_path):
