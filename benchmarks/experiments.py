@@ -20,8 +20,8 @@ A plan names its runs. Each is a launcher with variables (`env`), and these keys
 
 The stages skip what is finished, so a killed command continues, and a changed plan trains only what it changes. Settings
 are compared by valid NDCG@10. Test figures are printed next to it; choosing by them would be choosing on test. Scores are
-by item in the headline protocol of the data, with 50 beams. The second table compares each RL run with the start of
-the same seed, row by row.
+by item in the headline protocol of the data, with 50 beams. The second table compares each RL run with its start, and each
+other SFT run with the first, of the same seed and row by row.
 """
 
 import functools
@@ -57,6 +57,7 @@ class Options:
     bases: str = option("", "the plan's base models: name=folder, separated by commas")
     category: str = option("", "what the prompts call the items")
     seeds: str = option("", "seeds separated by commas; default: the plan's")
+    env: str = option("", "variables for all runs, in place of the plan's: NAME=value, separated by commas")
     only: str = option("", "only these runs, separated by commas, and those they start from; default: all")
     jobs: int = option(1, "runs at a time")
     table: bool = option(False, "print the table of what is finished, run nothing")
@@ -85,6 +86,11 @@ def read_plan(options: Options) -> tuple[dict, list[int]]:
                 raise UserError(f"--only {options.only}: no run {name!r} in {path}, expected some of {', '.join(runs)}")
             wanted += [runs[name][key] for key in NEEDS if key in runs[name]]
         runs = {name: settings for name, settings in runs.items() if name in wanted}
+    changed = [part.split("=", 1) for part in options.env.split(",") if part]
+    if wrong := [part[0] for part in changed if len(part) == 1]:
+        raise UserError(f"--env {options.env}: found {wrong[0]!r}, expected NAME=value")
+    for settings in runs.values():
+        settings["env"] = settings.get("env", {}) | dict(changed)
     return runs, [int(seed) for seed in options.seeds.split(",")] if options.seeds else seeds
 
 
@@ -208,27 +214,29 @@ class Experiments:
         return "\n".join(lines)
 
     def differences(self) -> str:
-        """RL less its start, the mean over seeds, with 95 % intervals over the rows and each seed's NDCG@10."""
-        lines = ["| run less its start | " + " | ".join(COLUMNS) + " | seeds' test NDCG@10 |"]
+        """RL minus its start and SFT minus the first SFT: means over seeds, with 95 % intervals over the rows."""
+        lines = ["| run minus other | " + " | ".join(COLUMNS) + " | seeds' test NDCG@10 |"]
         lines += ["|---" * (len(COLUMNS) + 2) + "|"]
+        first = next((name for name, settings in self.runs.items() if settings["stage"] == "sft"), None)
         for name, settings in self.runs.items():
-            start = settings.get("start")
-            if not start or settings.get("rows") or self.runs[start].get("rows"):
-                continue  # rows that are drawn differ between seeds
-            seeds = [seed for seed in self.seeds if self.found(name, seed) and self.found(start, seed)]
-            if not seeds:
+            other = settings.get("start", first)
+            if other == name or settings["stage"] == "sasrec":
+                continue
+            seeds = [seed for seed in self.seeds if self.found(name, seed) and self.found(other, seed)]
+            drawn = any(self.runs[run].get("rows") for run in (name, other))
+            if not seeds or drawn and len(seeds) > 1:  # rows that are drawn differ between seeds
                 continue
             cells = []
             for column in COLUMNS:
                 split, metric = column.split()
-                gains = [self.gains(name, seed, split) - self.gains(start, seed, split) for seed in seeds]
+                gains = [self.gains(name, seed, split) - self.gains(other, seed, split) for seed in seeds]
                 gains = np.stack(gains)[:, :, METRICS.index(metric)] * 1e4  # (seeds, rows)
                 drawn = np.random.default_rng(0).integers(gains.shape[1], size=(1000, gains.shape[1]))
                 low, high = np.percentile(gains.mean(axis=0)[drawn].mean(axis=1), [2.5, 97.5])
                 cells.append(f"{gains.mean():+.0f} [{low:+.0f}, {high:+.0f}]")
                 if column == "test NDCG@10":
                     each = " ".join(f"{gain:+.0f}" for gain in gains.mean(axis=1))
-            lines.append(f"| {name} | " + " | ".join(cells) + f" | {each} |")
+            lines.append(f"| {name} minus {other} | " + " | ".join(cells) + f" | {each} |")
         return "\n".join(lines) if len(lines) > 2 else ""
 
     @functools.cache  # noqa: B019 an object lives as long as the process

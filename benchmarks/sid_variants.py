@@ -5,11 +5,11 @@
 
 Writes a folder in the published layout for each of --variants. The number at the end of a name is the number of levels:
 
-    text3        constrained RQ-KMeans on the text embeddings
-    behaviour3   on the baseline's item embeddings
-    fused2, fused3, fused4    on both, joined by rq/fuse_embeddings.py at its default weights
-    permuted3    fused3 with its SIDs permuted among the items: the same tree, no meaning
-    random3      codes drawn uniformly, distinct SIDs
+    text2        constrained RQ-KMeans on the text embeddings
+    behaviour2   on the baseline's item embeddings
+    fused2       on both, joined by rq/fuse_embeddings.py at its default weights
+    permuted2    fused2 with its SIDs permuted among the items: the same tree, no meaning
+    random2      codes drawn uniformly, distinct SIDs
 """
 
 import json
@@ -26,7 +26,7 @@ from minionerec.common.options import INPUT, OUTPUT, option, run
 from rq.index_file import read_codes, write_index
 
 WEIGHTS = {"text": (1.0, 0.0), "behaviour": (0.0, 1.0), "fused": (0.5, 1.0)}  # of text, of behaviour
-VARIANTS = "text3,behaviour3,fused2,fused3,fused4,permuted3,random3"
+VARIANTS = "text2,text3,behaviour2,fused2,fused3,fused4,permuted2,random2"
 
 
 @dataclass

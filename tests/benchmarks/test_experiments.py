@@ -23,6 +23,7 @@ runs:
   sft: {stage: sft, base: tiny, env: {NUM_EPOCHS: 1}}
   gru: {stage: sasrec, env: {MODEL: gru4rec}}
   few: {stage: sft, base: tiny, env: {NUM_EPOCHS: 1}, rows: 7}
+  more: {stage: sft, base: tiny, env: {NUM_EPOCHS: 2}}
 """
 
 
@@ -65,7 +66,7 @@ def launched(monkeypatch):
 def test_runs_train_from_their_start_and_are_scored(options, launched, capsys):
     experiments.main(options)
     scripts = [script for script, _ in launched]
-    assert [scripts.count(f"{stage}.sh") for stage in ("sft", "rl", "sasrec", "evaluate")] == [4, 2, 2, 12]
+    assert [scripts.count(f"{stage}.sh") for stage in ("sft", "rl", "sasrec", "evaluate")] == [6, 2, 2, 16]
     order = [(script, env["SEED"]) for script, env in launched]
     for seed in "12":
         assert max(order.index((needed, seed)) for needed in ("sft.sh", "sasrec.sh")) < order.index(("rl.sh", seed))
@@ -74,14 +75,25 @@ def test_runs_train_from_their_start_and_are_scored(options, launched, capsys):
     assert rl["REWARD_TYPE"] == "rule,sasrec" and rl["NPROC"] == "1" and rl["OVERWRITE"] == "True"
     scored = [env for script, env in launched if script == "evaluate.sh"]
     rows = {env["OUTPUT_DIR"].split("/")[-2][:-2]: env["TEST_ROWS"] for env in scored}
-    assert rows == {"few": "7", "sft": "-1", "rule": "-1"}
+    assert rows == {"few": "7", "sft": "-1", "rule": "-1", "more": "-1"}
     table = capsys.readouterr().out
     assert "| rule | 2 | 150 ±71 |" in table  # mean and standard deviation of .01 and .02, in 1e-4
     assert "| gru | 2 | 150 ±71 |" in table and "| 7 |" in table
-    differences = next(line for line in table.splitlines() if line.startswith("| rule | +"))
+    differences = next(line for line in table.splitlines() if line.startswith("| rule minus sft | +"))
     # 1 - 1 / log2(4) of NDCG@10, for one row of two; half of all drawn pairs are that row twice or never
     assert differences.split(" | ")[1:3] == ["+2500 [+0, +5000]", "+5000 [+0, +10000]"]
     assert differences.endswith("| +2500 +2500 |")
+    assert "| more minus sft | +0 [+0, +0]" in table and "few minus" not in table  # whose rows differ between seeds
+
+
+def test_variables_for_all_runs(options, launched):
+    options.env, options.only = "NUM_EPOCHS=3,SFT_TASKS=sid_seq", "rule"
+    experiments.main(options)
+    given = {script: (env["NUM_EPOCHS"], env["SFT_TASKS"]) for script, env in launched}
+    assert given["sft.sh"] == given["rl.sh"] == ("3", "sid_seq")
+    options.env = "NUM_EPOCHS"
+    with pytest.raises(UserError, match="--env NUM_EPOCHS: found 'NUM_EPOCHS', expected NAME=value"):
+        experiments.main(options)
 
 
 def test_the_table_shows_only_results_of_the_plan(options, launched, capsys):
@@ -106,7 +118,7 @@ def test_a_failed_run_is_named_and_the_others_are_kept(options, monkeypatch, lau
         usual(self, script, env, log)
 
     monkeypatch.setattr(experiments.Experiments, "launch", launch)
-    with pytest.raises(UserError, match="1 of 8 runs failed; rule seed 1: rl.sh exited with code 1"):
+    with pytest.raises(UserError, match="1 of 10 runs failed; rule seed 1: rl.sh exited with code 1"):
         experiments.main(options)
     assert "| rule | 1 |" in capsys.readouterr().out
 
