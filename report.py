@@ -35,7 +35,9 @@ CUTOFFS = (5, 10, 20)
 COMPARED = ("HR@10", "NDCG@10")
 PROTOCOLS = {"all": "all items", "unseen": "unseen items (the user's earlier items leave the ranking)"}
 PUBLISHED = Path(__file__).parent / "results" / "published.csv"
-NOT_MODELS = ("unseen", "headline", "baseline", "intervals", "differences", "seconds")  # keys of results.json
+NOT_MODELS = (  # keys of results.json
+    "unseen", "headline", "baseline", "intervals", "differences", "rl_minus_sft", "seconds"
+)  # fmt: skip
 
 
 @dataclass
@@ -152,19 +154,28 @@ def headline_of(metrics: Mapping[str, dict]) -> str:
     return "unseen" if has_both and any(m.get("headline") == "unseen" for m in metrics.values()) else "all"
 
 
-def compare(ranks: Mapping, baseline: str, seed: int) -> dict[str, dict[str, list[float]]]:
-    """{model: {metric: [mean, low, high]}} of the differences to `baseline` on the same rows."""
+def paired(own, reference, names: Iterable[str], seed: int) -> dict[str, list[float]]:
+    """{metric: [mean, low, high]} of the differences of two models' ranks on the same rows."""
     from minionerec.evaluation.metrics import interval_of_mean, values_of
 
-    if baseline not in ranks:
+    one, two = values_of(own), values_of(reference)
+    differences = {name: one[name].astype(float) - two[name] for name in names}
+    return {name: [float(d.mean()), *interval_of_mean(d, seed)] for name, d in differences.items()}
+
+
+def compare(ranks: Mapping, baseline: str, seed: int) -> dict[str, dict[str, list[float]]]:
+    """{model: {metric: [mean, low, high]}} of the differences to `baseline` on the same rows."""
+    reference = ranks.get(baseline, ())
+    same = {model: own for model, own in ranks.items() if model != baseline and len(own) == len(reference)}
+    return {model: paired(own, reference, COMPARED, seed) for model, own in same.items()}
+
+
+def rl_minus_sft(ranks: Mapping, metrics: Mapping[str, dict], seed: int) -> dict[str, list[float]]:
+    """What RL has changed, {metric: [mean, low, high]}, at every cutoff of HR and NDCG that both models have."""
+    if not {"sft", "rl"} <= ranks.keys() or len(ranks["sft"]) != len(ranks["rl"]):
         return {}
-    reference, result = values_of(ranks[baseline], [10]), {}
-    for model, own in ranks.items():
-        if model != baseline and len(own) == len(ranks[baseline]):
-            values = values_of(own, [10])
-            differences = {name: values[name].astype(float) - reference[name] for name in COMPARED}
-            result[model] = {name: [float(d.mean()), *interval_of_mean(d, seed)] for name, d in differences.items()}
-    return result
+    names = [name for name in metrics["sft"]["item"] if name in metrics["rl"]["item"] and "@" in name]
+    return paired(ranks["rl"], ranks["sft"], names, seed)
 
 
 def results_of(folder: Path, seed: int) -> dict:
@@ -187,6 +198,7 @@ def results_of(folder: Path, seed: int) -> dict:
         "baseline": baseline,
         "intervals": intervals,
         "differences": compare(ranks, baseline, seed),
+        "rl_minus_sft": rl_minus_sft(ranks, content, seed),
         "seconds": read_seconds(folder),
     }
 
@@ -207,9 +219,21 @@ def tables_of(results: dict) -> str:
         if protocol == results["headline"]:
             lines = [line + cell for line, cell in zip(lines, cells(results, rows), strict=True)]
         parts.append("\n".join([PROTOCOLS[protocol], *lines]))
+    if changed := results["rl_minus_sft"]:
+        parts.append(f"rl minus sft, on the same test rows: {in_words(changed)}")
     if results["differences"]:
         parts.append("Intervals are 95 %. ~ marks a difference within its interval, on the same test rows.")
     return "\n\n".join(parts)
+
+
+def in_words(differences: Mapping[str, list[float]]) -> str:
+    """The differences beyond their intervals, and the names of the others."""
+    beyond = [
+        f"{m} {mean:+.4f} ({low:+.4f} to {high:+.4f})" for m, (mean, low, high) in differences.items() if low * high > 0
+    ]
+    within = [name for name, (_, low, high) in differences.items() if low <= 0 <= high]
+    parts = [", ".join(beyond), f"within the interval: {', '.join(within)}" if within else ""]
+    return "; ".join(filter(None, parts))
 
 
 def cells(results: dict, models: Iterable[str]) -> list[str]:

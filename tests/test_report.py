@@ -72,6 +72,13 @@ def test_differences_are_paired(tmp_path):
     lines = report.tables_of(results).split("\n")
     assert next(line for line in lines if line.startswith("rl")).endswith("~+0.0000 (+0.0000 to +0.0000)")
     assert "~" not in next(line for line in lines if line.startswith("sft"))
+    mean, low, high = results["rl_minus_sft"]["HR@10"]
+    assert mean == -0.25 and -0.3 < low < mean < high < -0.2
+    changed = {name for name, (mean, _, _) in results["rl_minus_sft"].items() if mean}
+    assert changed == {"HR@10", "HR@20", "NDCG@10", "NDCG@20"}
+    [line] = [line for line in lines if line.startswith("rl minus sft")]
+    beyond, within = line.split("; within the interval: ")
+    assert f"HR@10 -0.2500 ({low:+.4f} to {high:+.4f})" in beyond and within == "HR@1, NDCG@1, HR@5, NDCG@5"
 
 
 def test_what_is_missing_is_left_out(tmp_path):

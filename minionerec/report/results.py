@@ -30,6 +30,7 @@ def results_section(outputs: Sequence[Output], published: Path | None, data: str
         if found:
             blocks.append(figures.intervals(_of(output, outputs, "NDCG@10 with 95 % intervals"), "NDCG@10", found))
         blocks += _differences(output, outputs)
+        blocks += _rl_minus_sft(output, outputs)
     blocks += _between(outputs, seed)
     blocks += _published(published, data) if published else []
     lead = (
@@ -83,6 +84,21 @@ def _differences(output: Output, outputs: Sequence[Output]) -> list:
     return [figures.intervals(title, "difference of NDCG@10", values, zero=True), Text(note)]
 
 
+def _rl_minus_sft(output: Output, outputs: Sequence[Output]) -> list:
+    """What RL has changed, at every cutoff."""
+    changed = output.results["rl_minus_sft"]
+    if not changed:
+        return []
+    cutoffs = [name.removeprefix("HR@") for name in changed if name.startswith("HR@")]
+    rows = [[metric, *(_difference(*changed[f"{metric}@{k}"]) for k in cutoffs)] for metric in ("HR", "NDCG")]
+    title = _of(output, outputs, "rl minus sft, paired on the same test rows; ~: the interval contains 0")
+    return [Table(title, ["metric", *(f"@{k}" for k in cutoffs)], rows)]
+
+
+def _difference(mean: float, low: float, high: float) -> str:
+    return f"{'~ ' if low <= 0 <= high else ''}{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
 def _between(outputs: Sequence[Output], seed: int) -> list:
     """The paired differences of models with one name in the first output and another one, on the same test rows."""
     rows = []
@@ -99,7 +115,7 @@ def _between(outputs: Sequence[Output], seed: int) -> list:
             for name in COMPARED:
                 difference = after[name].astype(float) - before[name]
                 low, high = interval_of_mean(difference, seed)
-                cells.append(f"{'~ ' if low <= 0 <= high else ''}{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]")
+                cells.append(_difference(difference.mean(), low, high))
             rows.append([model, f"{other.label} minus {first.label}", *cells])
     if not rows:
         return [Text("The outputs have no model in common with the same test rows.")] if len(outputs) > 1 else []
