@@ -20,7 +20,7 @@
 #     CATEGORY     what the prompts call the items
 #     SIDS         what SIDs are built from: fused (default: texts and SASRec; where the median item has fewer than 5
 #                  interactions, texts alone), text, or published (those of DATASET)
-#     TIME_BUDGET  seconds of training of SASRec and of SFT, at most; default: 300 each for MovieLens-100K, 900 otherwise.
+#     TIME_BUDGET  seconds of training of SASRec and of SFT, at most; default: 300 each for MovieLens-100K, 780 otherwise.
 #                  RL has no time limit: its length is RL_ROWS (default: 2048; 512 for a short try)
 #     SEED         default: 42
 #     SFT_EPOCHS SFT_TASKS SFT_LEARNING_RATE SFT_BATCH_SIZE SFT_MICRO_BATCH_SIZE SFT_DROPOUT
@@ -53,9 +53,9 @@ if [ -n "$RAW" ]; then
     [ -n "$source" ] || die "RAW=$RAW needs $needed"
     source=$(basename "$source")
     name=${DATASET_NAME:-${source%%.*}}
-    OUTPUT=${OUTPUT:-output/$name} TIME_BUDGET=${TIME_BUDGET:-900}
+    OUTPUT=${OUTPUT:-output/$name} TIME_BUDGET=${TIME_BUDGET:-780}
 elif [ -n "$DATASET" ]; then
-    OUTPUT=${OUTPUT:-output/$(basename "$DATASET")} TIME_BUDGET=${TIME_BUDGET:-900}
+    OUTPUT=${OUTPUT:-output/$(basename "$DATASET")} TIME_BUDGET=${TIME_BUDGET:-780}
 else
     OUTPUT=${OUTPUT:-output/quickstart} TIME_BUDGET=${TIME_BUDGET:-300}
 fi

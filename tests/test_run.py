@@ -155,7 +155,7 @@ def test_a_source(project, raw):
     assert (expected | RAW[raw]).items() <= given.items()
     assert [stage for stage, _ in calls[1:]] == [stage for stage, _ in QUICKSTART[1:]]
     later = dict(calls)
-    assert later["amazon_text2emb.sh"]["DATASET"] == "mine" and given["TIME_BUDGET"] == "900"
+    assert later["amazon_text2emb.sh"]["DATASET"] == "mine" and given["TIME_BUDGET"] == "780"
     assert later["sft.sh"]["TRAIN_FILE"] == "output/mine/data/train/mine.csv"
 
 
