@@ -21,6 +21,8 @@ their defaults, code version, commit, package versions, device, time, seconds, a
     another identity, and none of its files          fresh start
     another identity, or files without a record      refused; with --overwrite True the old result moves to NAME.1
 
+Two processes never write one result: the second start is refused (`minionerec.common.locks`).
+
 Nothing of a result is ever deleted here. Where a start is refused before the stage has written anything, `withdraw` takes
 the record back, and what was moved aside returns.
 """
@@ -44,6 +46,7 @@ from pathlib import Path
 from minionerec.common.console import detail, duration, note, say
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file, write_json
+from minionerec.common.locks import hold, release
 from minionerec.common.options import INPUT, SETTING, WITHDRAWALS, role_of
 from minionerec.common.tracking import LOG_FILE
 
@@ -98,12 +101,14 @@ class Run:
         outputs = {os.path.relpath(path, base): path.stat().st_size for path in found}
         self.record |= {"complete": True, "seconds": self.seconds(), "outputs": outputs, "device": device()}
         write_json(self.path, self.record)
+        release(self.path)
         say(f"{self.record['stage']}: done in {duration(self.record['seconds'])}")
         if self.withdraw in WITHDRAWALS:
             WITHDRAWALS.remove(self.withdraw)
 
     def withdraw(self) -> None:
         """Undo a start that was refused: the record is as before, what moved aside returns. Not where there are results."""
+        release(self.path)
         if results(*self.claims, {}, self.path):
             return
         if self.before is None or self.moved:
@@ -141,10 +146,12 @@ def begin(
     files, record: the result is these files; where the record goes (default: next to the first).
     inputs: files that shape the result, in addition to the options of role INPUT.
 
-    Raises `UserError` where a result with another identity, or files without a record, would be overwritten.
+    Raises `UserError` where a result with another identity, or files without a record, would be overwritten, and where
+    another process is writing it.
     """
     path = Path(folder) / RECORD if folder else Path(record or Path(files[0]).with_suffix(".run.json"))
     announce(options, stage, inputs or {})
+    hold(path)
     identity = identity_of(options, stage, inputs or {})
     found = read_record(path)
     existing, moved = results(folder, writes, files, found, path), []
@@ -153,6 +160,7 @@ def begin(
         if found.get("complete") and not missing:
             say(f"{folder or files[0]}: complete with these options, nothing to do")
             note_changes(found, path)
+            release(path)
             return Run("complete", path, found, files, writes)
         if found.get("complete"):
             say(f"{path.parent / missing[0]} is missing; made again")
@@ -162,6 +170,7 @@ def begin(
         if existing:
             reason = difference(found, identity) if found else f"{existing[0].name} was not made by this stage"
             if not getattr(options, "overwrite", False):
+                release(path)
                 raise _taken(folder or existing[0], reason)
             moved = move_aside([*existing, *companions(folder)], folder)
             note(f"the old result ({reason}) moves to {target_of(moved, folder)}")
