@@ -116,9 +116,10 @@ def test_results_are_those_of_the_metrics(page, output):
     results = json.loads((output / "results.json").read_text())
     caption = f"NDCG@10 minus {results['baseline']}&#39;s, paired on the same test rows"
     assert cells(page, caption)["rl"] == [f"{value:.4f}" for value in results["differences"]["rl"]["NDCG@10"]]
-    mean, low, high = results["rl_minus_sft"]["NDCG@1"]
     changed = cells(page, "rl minus sft, paired on the same test rows; ~: the interval contains 0")
-    assert changed["NDCG"][0].removeprefix("~ ") == f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+    for row, number, name in (("HR", 0, "HR@1"), ("NDCG", 1, "NDCG@3")):
+        mean, low, high = results["rl_minus_sft"][name]
+        assert changed[row][number].removeprefix("~ ") == f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def test_gains_are_counted_by_row(page, output):
