@@ -3,8 +3,8 @@
     python -m benchmarks.reliability --output_file docs/reliability.md
 
 Every figure comes from the results of these tests (their JUnit file); none is typed in. The page names tests that fail,
-and the exit code is then 2. `--kills` and `--fuzz_examples` make the tests longer; `--quick` runs a few tests of each
-part, to try the command.
+and the exit code is then 2. `--kills`, `--fuzz_examples` and `--catalog_items` make the tests longer; `--quick` runs a few
+tests of each part, to try the command.
 """
 
 import collections
@@ -35,7 +35,7 @@ TWO_PROCESSES = {  # test -> what is equal
 OTHERS = {  # file -> what its tests show
     "tests/test_disks.py": "full disk, read-only disk, a file where a folder should be",
     "tests/test_hostile_data.py": "hostile data through every stage",
-    "tests/test_sizes.py": "catalogs of 1, 2 and 1,000,000 items; histories of 0 and 10,000; users with one interaction",
+    "tests/test_sizes.py": "catalogs of 1, 2 and {items} items; histories of 0 and 10,000; users with one interaction",
 }
 PARTS = {"kills": [KILL], "bad_input": [BAD], "fuzzing": [FUZZ], "processes": [*TWO_PROCESSES], "others": [*OTHERS]}
 QUICK = {
@@ -55,13 +55,14 @@ class Options(StageOptions):
     output_file: str = option("docs/reliability.md", "the page", role=OUTPUT)
     kills: int = option(20, "kills of each stage")
     fuzz_examples: int = option(60, "files of each kind that the fuzz tests try per test")
+    catalog_items: int = option(1_000_000, "items of the largest catalog")
     parts: list[str] = option([*PARTS], f"some of {', '.join(PARTS)}; the page says which were left out")
     quick: bool = option(False, "a few tests of each part only")
 
     def __post_init__(self):
         super().__post_init__()
         self.check(parts=(set(self.parts) <= set(PARTS), f"some of {', '.join(PARTS)}"))
-        self.at_least(1, "kills", "fuzz_examples")
+        self.at_least(1, "kills", "fuzz_examples", "catalog_items")
 
 
 class Result(NamedTuple):
@@ -88,7 +89,8 @@ def run_tests(options: Options) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"]
-        environment = os.environ | {"KILLS": str(options.kills), "FUZZ_EXAMPLES": str(options.fuzz_examples)}
+        sizes = {"KILLS": options.kills, "FUZZ_EXAMPLES": options.fuzz_examples, "CATALOG_SIZE": options.catalog_items}
+        environment = os.environ | {name: str(size) for name, size in sizes.items()}
         done = subprocess.run([*command, f"--junitxml={junit}", *files, *selection], cwd=ROOT, env=environment)
         if not junit.exists() or done.returncode > 1:
             raise UserError(f"pytest ended with exit code {done.returncode}; see its output above and run it again")
@@ -170,8 +172,9 @@ def process_section(results: list[Result]) -> str:
 
 def other_section(results: list[Result]) -> str:
     counts = {file: collections.Counter(r.outcome for r in results if r.file == file) for file in OTHERS}
+    items = next((f"{int(r.recorded['items']):,}" for r in results if "items" in r.recorded), "many")
     rows = [
-        [what, f"`{file}`", counts[file]["passed"], counts[file]["failed"], counts[file]["skipped"]]
+        [what.format(items=items), f"`{file}`", counts[file]["passed"], counts[file]["failed"], counts[file]["skipped"]]
         for file, what in OTHERS.items()
     ]
     return f"## Also\n\n{table(('what', 'tests', 'passed', 'failed', 'skipped'), rows)}"

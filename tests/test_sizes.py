@@ -106,10 +106,11 @@ def test_users_with_one_interaction(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_large_catalog(tmp_path, monkeypatch, capsys):
+def test_a_large_catalog(tmp_path, monkeypatch, capsys, record_property):
     """Stage 2 (codebooks, index, report), stage 3, a training step of SFT and a recommendation."""
     monkeypatch.chdir(tmp_path)
     n = LARGE
+    record_property("items", n)
     rng = np.random.default_rng(0)
     np.save("toy.emb-x-td.npy", rng.normal(size=(n, 4)).astype(np.float32))
     call("rqkmeans_faiss", k=128, l=3, max_iter=3, output_file="toy.index.json", collision="extra_token")

@@ -16,18 +16,20 @@ JUNIT = """<testsuites><testsuite>
 <property name="csv" value="1200"/></properties></testcase>
 <testcase file="tests/test_sft.py" name="test_two_processes_train_as_one" time="9"/>
 <testcase file="tests/test_disks.py" name="test_a_full_disk[x]" time="1"><skipped/></testcase>
+<testcase file="tests/test_sizes.py" name="test_a_large_catalog" time="9"><properties>
+<property name="items" value="1000000"/></properties></testcase>
 </testsuite></testsuites>"""
 
 
 def test_the_page_counts_what_the_results_say(tmp_path):
     (tmp_path / "junit.xml").write_text(JUNIT)
     text = reliability.page(reliability.read_junit(tmp_path / "junit.xml"), "abc")
-    assert "Commit abc" in text and "6 tests, 1 failed" in text
+    assert "Commit abc" in text and "7 tests, 1 failed" in text
     assert "20 kills survived" in text and "| sft | 20 | 31 | 11 | passed |" in text
     assert "gives 2 bad inputs to 2 commands" in text and "| CSV | 2 | 1 |" in text
     assert "1,200 files in 1.5 minutes" in text and "| csv | 1200 |" in text
     assert "| SFT: weights | `test_two_processes_train_as_one` | passed |" in text
-    assert "`tests/test_disks.py` | 0 | 0 | 1 |" in text
+    assert "`tests/test_disks.py` | 0 | 0 | 1 |" in text and "catalogs of 1, 2 and 1,000,000 items" in text
     assert "## Failed\n\n- `tests/test_bad_inputs.py::test_one[b-CSV-1]`" in text
 
 
