@@ -162,7 +162,7 @@ quantize() { # quantize NAME WHAT EMBEDDINGS INDEX
 if [ -z "$DATASET" ]; then
     quantize text_sids "semantic IDs from the texts" "$text" "$raw/$name.index.json"
     stage convert_text "samples, texts and these SIDs to the published layout" \
-        DATASET_NAME=$name DATA_DIR="$raw" OUTPUT_DIR="$raw" MAX_HISTORY=20 bash convert_dataset.sh
+        DATASET_NAME="$name" DATA_DIR="$raw" OUTPUT_DIR="$raw" MAX_HISTORY=20 bash convert_dataset.sh
     index=$raw/$name.index.json info=$raw/info/$name.txt
     train=$raw/train/$name.csv valid=$raw/valid/$name.csv test=$raw/test/$name.csv
 fi
@@ -207,12 +207,12 @@ if [ -z "$BASE_MODEL" ]; then
         KIND=tiny ITEM_META_PATH="$items" OUTPUT_DIR="$BASE_MODEL" python -m minionerec.language_model.base_model
 fi
 
-evaluate() { # evaluate MODEL VARIABLE=value…
+evaluate() { # evaluate MODEL ARGUMENT…
     local model=$1
     shift
-    stage "${model}_evaluate" "the $model model on the test rows" "$@" \
+    stage "${model}_evaluate" "the $model model on the test rows" \
         BASE_MODEL="$OUTPUT/$model" TEST_DATA_PATH="$test" RESULT_JSON_DATA="$OUTPUT/$model.json" BATCH_SIZE=64 \
-        bash evaluate.sh
+        bash evaluate.sh "$@"
 }
 stage sft "supervised fine-tuning" \
     "${sft[@]}" BASE_MODEL="$BASE_MODEL" TRAIN_FROM_SCRATCH=$from_scratch EVAL_FILE="$valid" SID_INDEX_PATH="$index" \
@@ -220,7 +220,7 @@ stage sft "supervised fine-tuning" \
 evaluate sft
 stage rl "reinforcement learning from the SFT model" \
     "${rl[@]}" MODEL_PATH="$OUTPUT/sft" BASELINE_PATH="$OUTPUT/sasrec" EVAL_FILE="$valid" OUTPUT_DIR="$OUTPUT/rl" bash rl.sh
-evaluate rl BLEND_PATH="$OUTPUT/sasrec $OUTPUT/markov" BLEND_VALID_FILE="$valid"
+evaluate rl --blend_path "$OUTPUT/sasrec" "$OUTPUT/markov" --blend_valid_file "$valid"
 
 # ------------------------------------------------------------------------------------------------ the table
 

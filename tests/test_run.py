@@ -21,7 +21,7 @@ from helpers import ROOT, run_stage
 LAUNCHERS = ["sft.sh", "rl.sh", "evaluate.sh", "sasrec.sh", "convert_dataset.sh", "rq/rqkmeans_constrained.sh"]
 LAUNCHERS += ["rq/text2emb/amazon_text2emb.sh"]
 FAKE_LAUNCHER = """#!/usr/bin/env bash
-{ echo "STAGE=$0"; env; echo END; } >>calls.txt
+{ echo "STAGE=$0"; env; printf 'ARGUMENTS='; printf '%s|' "$@"; echo; echo END; } >>calls.txt
 if [ "${FAILS:-}" = "$0" ]; then echo "error: wrong" >&2; exit 2; fi
 """
 FAKE_PYTHON = """#!/usr/bin/env bash
@@ -157,6 +157,20 @@ def test_a_source(project, raw):
     later = dict(calls)
     assert later["amazon_text2emb.sh"]["DATASET"] == "mine" and given["TIME_BUDGET"] == "780"
     assert later["sft.sh"]["TRAIN_FILE"] == "output/mine/data/train/mine.csv"
+
+
+def test_blanks_in_names(project):
+    """A blank never ends a name, and no part of a name is a command."""
+    made = project / "out put" / "raw"
+    made.mkdir(parents=True)
+    (made / "my touch x.item.json").write_text("{}")
+    done, calls = run_fake(project, RAW="table", FILE="some/my touch x.csv", OUTPUT="out put")
+    assert done.returncode == 0 and not done.stderr and not (project / "x").exists()
+    assert [stage for stage, _ in calls[1:]] == [stage for stage, _ in QUICKSTART[1:]]
+    converted = [given for stage, given in calls if stage == "convert_dataset.sh"]
+    assert [given["DATASET_NAME"] for given in converted] == ["my touch x"] * 2
+    blend = [given["ARGUMENTS"] for stage, given in calls if stage == "evaluate.sh"][-1]
+    assert blend.startswith("--blend_path|out put/sasrec|out put/markov|--blend_valid_file|out put/data/valid/")
 
 
 def test_a_failed_stage_ends_the_run(project, world):

@@ -25,6 +25,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import shlex
 import sys
 import traceback
 import types
@@ -157,14 +158,20 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: type) 
 
 
 def arguments_from_variables(options_class: type, variables: Mapping[str, str]) -> list[str]:
-    """Command-line arguments for every option (or alias) whose upper-case name is a non-empty variable."""
+    """Command-line arguments for every option (or alias) whose upper-case name is a non-empty variable.
+
+    The parts of a list stand between blanks; a part that has blanks is quoted, as in a shell.
+    """
     arguments = []
     for field in dataclasses.fields(options_class):
         names = [field.name, *(alias.lstrip("-") for alias in field.metadata.get("aliases", ()))]
         for name in reversed(names):  # the option's own name overrides its aliases
             value = variables.get(name.upper(), "")
             if value and field.default_factory is not dataclasses.MISSING:
-                arguments += [f"--{field.name}", *value.split()]
+                try:
+                    arguments += [f"--{field.name}", *shlex.split(value)]
+                except ValueError as error:
+                    raise UserError(f"{name.upper()} is {value!r}, expected parts between blanks ({error})") from None
             elif value:
                 arguments.append(f"--{field.name}={value}")
     return arguments

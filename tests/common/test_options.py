@@ -44,6 +44,11 @@ class Options(StageOptions):
     output_dir: str = option("", "folder", role=OUTPUT)
 
 
+@dataclass
+class Named(StageOptions):
+    column: list[str] = option([], "names")
+
+
 @pytest.fixture
 def variables(monkeypatch):
     """Set variables as a launcher exports them."""
@@ -87,6 +92,14 @@ def test_roles():
 def test_variables_set_options(variables, values, expected):
     variables(**values)
     assert parse(Options, []) == Options(**expected)
+
+
+def test_parts_of_a_list_with_blanks_are_quoted(variables):
+    variables(COLUMN="'a b' c \"d e\"")
+    assert arguments_from_variables(Named, {"COLUMN": os.environ["COLUMN"]}) == ["--column", "a b", "c", "d e"]
+    variables(COLUMN="'a b")
+    with pytest.raises(UserError, match="COLUMN is .*, expected parts between blanks"):
+        parse(Named, [])
 
 
 def test_the_command_line_overrides_variables(variables):
