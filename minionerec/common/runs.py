@@ -259,7 +259,10 @@ def accelerate_settings() -> dict:
 
 
 def digest(path: str | Path | Sequence) -> str:
-    """A digest of a file's bytes, or of the files of a folder; a name that is no path (a model of the hub) is itself."""
+    """A digest of a file's bytes, or of the files of a folder; a name that is no path (a model of the hub) is itself.
+
+    Other results in a folder, which have records, are no part of it: `<name>.*` next to `<name>.run.json`, and folders.
+    """
     if isinstance(path, list | tuple):
         return " ".join(digest(part) for part in path)
     path = Path(path)
@@ -269,10 +272,12 @@ def digest(path: str | Path | Sequence) -> str:
     if not path.is_dir():
         return str(path)
     total = hashlib.blake2b(digest_size=16)
+    others = tuple(record.name.removesuffix(RECORD) for record in path.glob(f"*.{RECORD}"))
+    folders = {record.parent.name for record in path.glob(f"*/{RECORD}")}
     for file in sorted([*path.glob("*"), *path.glob("*/*")]):
         name = file.relative_to(path)
-        shapes = file.suffix in DIGESTED and file.name not in NOT_DIGESTED and not file.name.endswith(f".{RECORD}")
-        if file.is_file() and shapes and not name.parts[0].startswith((".", "checkpoint-")):
+        own = not name.parts[0].startswith((".", "checkpoint-", *others)) and name.parts[0] not in folders
+        if file.is_file() and file.suffix in DIGESTED and file.name not in NOT_DIGESTED and own:
             total.update(f"{name}\0{digest(file)}\0".encode())
     return total.hexdigest()
 

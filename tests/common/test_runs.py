@@ -399,3 +399,32 @@ def test_an_unfinished_result_is_refused_by_who_reads_it(tmp_path):
         runs.require_finished(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"stage": "sft", "complete": True}))
     runs.require_finished(tmp_path)
+
+
+def test_a_result_inside_an_input_is_no_part_of_it(options, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    inside = replace(options, model=str(model), output_dir=str(model / "out"))
+    begin(inside)
+    write(inside)
+    (model / "out" / "more.json").write_text("{}")
+    assert begin(inside).resume
+    made(inside)
+    assert begin(inside).complete
+
+    files = [model / "scores.v1.json", model / "scores.v1.npz"]
+
+    def score():
+        return runs.begin(options, "score", files=files, record=model / "scores.v1.run.json", inputs={"scored": model})
+
+    run = score()
+    for file in files:
+        file.write_text("1")
+    assert score().resume
+    run.finish()
+    assert score().complete and begin(inside).complete
+    (model / "config.json").write_text("[]")
+    for changed in (score, lambda: begin(inside)):
+        with pytest.raises(UserError, match="the content of (model|scored) has changed"):
+            changed()
