@@ -245,6 +245,10 @@ def message_of(error: Exception) -> str | None:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}; check the path, its permissions and the free disk space"
     reason = (str(error).splitlines() or [""])[0]
+    torch = sys.modules.get("torch")
+    out_of_memory = isinstance(error, MemoryError) or torch and isinstance(error, torch.OutOfMemoryError)
+    if out_of_memory or isinstance(error, RuntimeError) and "allocate memory" in reason:
+        return f"not enough memory ({reason}); take smaller batches, shorter histories or a smaller model"
     polars, safetensors = sys.modules.get("polars"), sys.modules.get("safetensors")
     if polars and isinstance(error, polars.exceptions.PolarsError):
         return f"a table could not be read or written: {reason}; check the files and the free disk space"

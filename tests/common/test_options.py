@@ -12,9 +12,11 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Literal
 
+import numpy as np
 import polars as pl
 import pytest
 import safetensors
+import torch
 from helpers import ROOT, run_stage
 from safetensors.torch import load_file
 
@@ -215,6 +217,8 @@ def test_errors_of_libraries_are_one_line(tmp_path):
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; check the path, its permissions"),
         (raised(pl.read_csv, tmp_path / "ragged.csv"), "a table could not be read or written"),
         (raised(load_file, tmp_path / "model.safetensors"), "a file of weights could not be read or written"),
+        (raised(torch.empty, 10**15), "not enough memory"),
+        (raised(np.empty, 10**15), "not enough memory"),
         (safetensors.SafetensorError("I/O error: No space left on device"), "free disk space"),
         (RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos\n more"), "free disk space"),
     ]
