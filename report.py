@@ -25,7 +25,7 @@ from pathlib import Path
 
 from minionerec.common import runs
 from minionerec.common.errors import UserError
-from minionerec.common.files import read_json, require_file, write_json
+from minionerec.common.files import atomic_file, read_json, require_file, write_json
 from minionerec.common.options import INPUT, OUTPUT, StageOptions, option, run
 from minionerec.common.text import printable
 
@@ -35,6 +35,7 @@ CUTOFFS = (5, 10, 20)
 COMPARED = ("HR@10", "NDCG@10")
 PROTOCOLS = {"all": "all items", "unseen": "unseen items (the user's earlier items leave the ranking)"}
 PUBLISHED = Path(__file__).parent / "results" / "published.csv"
+TITLE = "MiniOneRec report"
 NOT_MODELS = (  # keys of results.json
     "unseen", "headline", "baseline", "intervals", "differences", "rl_minus_sft", "seconds"
 )  # fmt: skip
@@ -266,8 +267,8 @@ def outputs_of(results: Mapping[Path, dict]) -> list:
     return outputs
 
 
-def write_page(path: Path, outputs: list, options: Options) -> None:
-    """Write the page of these outputs."""
+def page_of(outputs: list, options: Options) -> str:
+    """The page of these outputs."""
     from minionerec.report import facts, page, rows, sids
     from minionerec.report import results as tables
 
@@ -281,7 +282,18 @@ def write_page(path: Path, outputs: list, options: Options) -> None:
         facts.data_section(outputs),
         facts.provenance_section(outputs),
     ]
-    page.write(path, "MiniOneRec report", ", ".join(output.label for output in outputs), sections)
+    return page.render(TITLE, ", ".join(output.label for output in outputs), sections)
+
+
+def is_results(path: Path) -> bool:
+    """Whether a file is a results.json of an earlier call."""
+    return {"headline", "baseline", "seconds"} <= runs.read_record(path).keys()
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page of an earlier call."""
+    with open(path, "rb") as f:
+        return f"<title>{TITLE}</title>".encode() in f.read(4096)
 
 
 def labels_of(folders: list[Path]) -> dict[Path, str]:
@@ -295,12 +307,21 @@ def main(options: Options) -> None:
         raise UserError("--output_dir is required")
     folders = list(dict.fromkeys(require_file(folder, "output_dir") for folder in options.output_dir))
     results = {folder: results_of(folder, options.seed) for folder in folders}
+    tables = {folder / "results.json": own for folder, own in results.items()}
+    path = Path(options.report_file or folders[0] / "report.html")
+    if path.resolve() in [table.resolve() for table in tables]:
+        raise UserError(
+            f"--report_file {path}: the table goes there, expected another name; choose one like report.html"
+        )
     for folder, own in results.items():
-        write_json(folder / "results.json", own)
         print(f"test rows, by item, full catalog ({printable(str(folder))})")
         print(tables_of(own))
-    path = Path(options.report_file or folders[0] / "report.html")
-    write_page(path, outputs_of(results), options)
+    page = page_of(outputs_of(results), options)
+    runs.make_room(options, lambda file: is_results(file) if file in tables else is_page(file), path, *tables)
+    for file, own in tables.items():
+        write_json(file, own)
+    with atomic_file(path) as f:
+        f.write(page)
     print(f"\nreport       {printable(str(path))}")
 
 

@@ -125,3 +125,18 @@ def test_from_the_command_line(folder):
     assert refused.returncode == 2 and refused.stderr.startswith("error: nowhere: no such file")
     assert len(refused.stderr.splitlines()) == 1
     assert "Traceback" in run_stage("report.py", "--output_dir", "nowhere", "--debug", check=False).stderr
+
+
+def test_own_files_are_written_again_and_others_move_aside_on_request(folder):
+    page = folder / "report.html"
+    for _ in range(2):
+        report.main(report.Options(output_dir=[str(folder)]))
+    (folder / "results.json").write_text('{"mine": 1}')
+    page.write_text("<html>mine</html>")
+    before = page.read_text()
+    with pytest.raises(UserError, match=r"report\.html: holds another result"):
+        report.main(report.Options(output_dir=[str(folder)]))
+    assert page.read_text() == before
+    report.main(report.Options(output_dir=[str(folder)], overwrite=True))
+    assert (folder / "results.json.1").read_text() == '{"mine": 1}'
+    assert (folder / "report.html.1").read_text() == before and report.is_page(page)

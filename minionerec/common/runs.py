@@ -39,7 +39,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,6 +200,19 @@ def refuse_unknown(options, *files: str | Path) -> None:
     for file in map(Path, files):
         if file.exists() and not file.with_suffix(".run.json").exists() and not options.overwrite:
             raise _taken(file, f"{file.name} was not made by this stage")
+
+
+def make_room(options, ours: Callable[[Path], bool], *files: str | Path) -> None:
+    """Before a command without a record writes `files`: refuse those that exist and are not `ours`, or move them aside."""
+    foreign = [path for path in map(Path, files) if path.exists() and not (path.is_file() and ours(path))]
+    for path in foreign:
+        if path.is_dir():
+            raise UserError(f"{path}: found a folder, expected the name of a file; choose another output")
+        if not options.overwrite:
+            raise _taken(path, f"{path.name} was not made by this command")
+    for path in foreign:
+        [(_, new)] = move_aside([path], "")
+        note(f"{path} was not made by this command; it moves to {new}")
 
 
 def _taken(place: str | Path, reason: str) -> UserError:

@@ -190,8 +190,13 @@ REPORT = [
     file_case("report", "JSON", json_edit(METRICS, lambda c: c.update(unseen=3)), METRICS),
     file_case("report", "JSON", json_edit(METRICS, lambda c: c.update(headline="best")), METRICS),
     file_case("report", "JSON", json_edit(METRICS, lambda c: c.update(intervals=[])), METRICS),
+    option_case("report", "toy.item.json: holds another result (toy.item.json was not made by this command)", report_file="toy.item.json"),
+    option_case("report", "--report_file run/results.json: the table goes there", report_file="run/results.json"),
+    option_case("report", "train: found a folder, expected the name of a file", report_file="train"),
+    file_case("report", "earlier result", put("run/results.json", '{"mine": 1}'), "run/results.json: holds another result", "--overwrite True"),
+    file_case("report", "earlier result", put("run/report.html", "<html>mine</html>"), "run/report.html: holds another result"),
     file_case("report", "array", half(RANKS), RANKS),
     file_case("report", "array", put(RANKS, ""), RANKS),
-]
+]  # fmt: skip
 
 CASES = [*SASREC, *SFT, *RL, *EVALUATE, *RECOMMEND, *REPORT]

@@ -134,6 +134,8 @@ GENERATE = [
     option_case("sid_report", "one or more index files are required", index=None),
     option_case("sid_report", "nowhere.json: no such file", index="toy.index.json nowhere.json"),
     option_case("sid_report", "--output_file x.txt: expected a name like compare.json", output_file="x.txt"),
+    file_case("sid_report", "earlier result", put("out/compare.json", '{"a": {"b": 1}}'), "out/compare.json: holds another result", "--overwrite True"),
+    file_case("sid_report", "earlier result", put("out/compare.png", "mine"), "out/compare.png: holds another result"),
     option_case("sid_report", "48 items, but --data_path has 50 rows", data_path="more.emb-x-td.npy"),
     file_case("sid_report", "JSON", put("toy.index.json", "{}"), "toy.index.json: no item in it"),
     file_case("sid_report", "JSON", put("toy.index.quality.json", "{"), "toy.index.quality.json: not valid JSON"),
