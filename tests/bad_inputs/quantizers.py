@@ -131,6 +131,8 @@ GENERATE = [
     file_case("append", "JSON", json_edit("rqvae.index.json", lambda c: c.pop("5") and None), "item 5 is missing"),
     file_case("append", "JSON", json_edit("rqvae.index.json", lambda c: c.update({"5": ["<a_1>"]})), "rqvae.index.json"),
     file_case("append", "JSON", json_edit("rqvae.index.json", lambda c: c.update({"5": ["<a_99>", "<b_1>"]})), "--append"),
+    option_case("fuse_embeddings", "--text_weight 1e+300: expected at most 1000", text_weight=1e300),
+    option_case("fuse_embeddings", "--behaviour_weight 1e+300: expected at most 1000", behaviour_weight=1e300),
     option_case("sid_report", "one or more index files are required", index=None),
     option_case("sid_report", "nowhere.json: no such file", index="toy.index.json nowhere.json"),
     option_case("sid_report", "--output_file x.txt: expected a name like compare.json", output_file="x.txt"),
