@@ -35,6 +35,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -369,6 +370,8 @@ def move_aside(existing: Sequence[Path], folder: str | Path) -> list[tuple[Path,
     Returns (where it was, where it is) of each file or folder.
     """
     number, folder = 1, str(folder).rstrip("/")
+    if folder and Path(folder).name in ("", ".."):  # `.`
+        folder = str(Path(folder).resolve())
     targets = [folder] if folder else existing
     while any(Path(f"{target}.{number}").exists() for target in targets):
         number += 1
@@ -378,6 +381,18 @@ def move_aside(existing: Sequence[Path], folder: str | Path) -> list[tuple[Path,
         new.parent.mkdir(parents=True, exist_ok=True)
         path.rename(new)
     return moved
+
+
+def moved_aside(path: Path) -> bool:
+    """Whether a folder is an older result that was renamed to NAME.1: NAME is there, or its record was written at NAME.
+
+    A name that only looks like that, such as sasrec_lr0.5, is the folder's own.
+    """
+    found = re.fullmatch(r"(.+)\.[1-9]\d{0,2}", path.name)
+    options = read_record(path / RECORD).get("options") if found else None
+    options = options if isinstance(options, dict) else {}
+    written = [Path(str(options[name])).name for name in ("output_dir", "ckpt_dir") if options.get(name)]
+    return bool(found) and path.name not in written and (found[1] in written or path.with_name(found[1]).exists())
 
 
 def target_of(moved: Sequence[tuple[Path, Path]], folder: str | Path) -> str:

@@ -399,3 +399,11 @@ def test_an_unfinished_result_is_refused_by_who_reads_it(tmp_path):
         runs.require_finished(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"stage": "sft", "complete": True}))
     runs.require_finished(tmp_path)
+
+
+def test_the_working_directory_moves_aside_under_its_own_name(options, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    (tmp_path / "model" / "result.txt").write_text("old")
+    runs.begin(replace(options, overwrite=True), "stage", folder=".", writes=["*.txt"])
+    assert (tmp_path / "model.1" / "result.txt").read_text() == "old" and not list((tmp_path / "model").glob(".*"))
