@@ -286,6 +286,15 @@ def parse_tasks(text: str) -> dict[str, float]:
     return weights
 
 
+def taken(count: int, weight: float, name: str, seed: int) -> list[int]:
+    """Which of a task's `count` rows are trained in an epoch: each `weight` times, a fraction of them drawn by seed."""
+    extra = round((weight - int(weight)) * count)
+    places = [*range(count)] * int(weight) + random.Random(f"{seed} {name}").sample(range(count), extra)
+    if count and not places:
+        raise UserError(f"--sft_tasks {name}:{weight:g}: none of {count:,} rows is left; give a larger weight")
+    return places
+
+
 def sft_pairs(
     weights: Mapping[str, float], sequences: pl.DataFrame, items: Items, prompts: Prompts, seed: int
 ) -> list[tuple[str, str]]:
@@ -297,9 +306,7 @@ def sft_pairs(
             say(
                 f"{name}: {len(sequences) - len(pairs):,} of {len(sequences):,} rows are left out, those {TASKS[name].skips}"
             )
-        rows += pairs * int(weight)
-        extra = round((weight - int(weight)) * len(pairs))
-        rows += random.Random(f"{seed} {name}").sample(pairs, extra)
+        rows += [pairs[place] for place in taken(len(pairs), weight, name, seed)]
     if not rows:
         raise UserError(f"--sft_tasks {','.join(weights)}: no row is left; give another task or a larger weight")
     return rows

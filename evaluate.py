@@ -20,7 +20,7 @@ from typing import NamedTuple
 from minionerec.common import model_card, runs
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file, read_json, write_json
-from minionerec.common.options import INPUT, OUTPUT, RUNTIME, StageOptions, is_number, option, run
+from minionerec.common.options import INPUT, MOST_WEIGHT, OUTPUT, RUNTIME, StageOptions, is_weight, option, run
 from minionerec.common.processes import on_main_process
 from minionerec.decoding.backends import BACKENDS, require_vllm
 from minionerec.decoding.spaces import SPACES
@@ -86,11 +86,20 @@ class Options(StageOptions):
             blend_weight=(
                 self.chooses_weights
                 or len(self.blend_weight) == len(self.blend_path)
-                and all(map(is_number, self.blend_weight)),
-                f"auto, user, or {len(self.blend_path)} numbers, one for each --blend_path",
+                and all(map(is_weight, self.blend_weight)),
+                f"auto, user, or {len(self.blend_path)} numbers, 0 to {MOST_WEIGHT}, one for each --blend_path",
             ),
+            length_penalty=(-10 <= self.length_penalty <= 10, "-10 to 10"),
+            blend_rows=(self.blend_rows >= 1 or self.blend_rows == -1, "at least 1, or -1 for all"),
             test_rows=(self.test_rows >= 1 or self.test_rows == -1, "at least 1, or -1 for all"),
         )
+        unused = "nothing without --blend_path; give the folders of the baselines there, or leave it out"
+        if not self.blend_path:
+            self.check(
+                blend_weight=(self.blend_weight == ["auto"], unused),
+                blend_valid_file=(not self.blend_valid_file, unused),
+                blend_rows=(self.blend_rows == Options.blend_rows, unused),
+            )
 
     @property
     def chooses_weights(self) -> bool:
@@ -358,8 +367,8 @@ def main(options: Options) -> None:
         )
         require_vllm("backend")
     outputs = Outputs.of(options.result_json_data)
-    if outputs.predictions.is_dir():
-        raise UserError(f"--result_json_data {outputs.predictions}: found a folder, expected the name of a file")
+    if outputs.predictions.is_dir() or options.result_json_data.endswith("/"):
+        raise UserError(f"--result_json_data {options.result_json_data}: found a folder, expected the name of a file")
     process = join_processes() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
     record = on_main_process(lambda: begin(options, outputs))
     if record.complete:

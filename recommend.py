@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from minionerec.common import runs
 from minionerec.common.errors import UserError
-from minionerec.common.options import INPUT, RUNTIME, StageOptions, is_number, option, run
+from minionerec.common.options import INPUT, MOST_WEIGHT, RUNTIME, StageOptions, is_weight, option, run
 from minionerec.common.text import json_line, printable
 from minionerec.decoding.backends import BACKENDS, require_vllm
 from minionerec.decoding.spaces import SPACES
@@ -81,8 +81,8 @@ class Options(StageOptions):
                 not self.blend_weight
                 or bool(self.weights_file and self.blend_path)
                 or len(self.blend_weight) == len(self.blend_path)
-                and all(map(is_number, self.blend_weight)),
-                f"{len(self.blend_path)} numbers, one for each --blend_path, a .json file of evaluate.py, or nothing",
+                and all(map(is_weight, self.blend_weight)),
+                f"{len(self.blend_path)} numbers, one for each --blend_path, 0 to {MOST_WEIGHT}, a .json file of evaluate.py, or nothing",
             ),
             backend=(self.backend in BACKENDS, " or ".join(BACKENDS)),
             blend_path=(
@@ -101,6 +101,11 @@ class Options(StageOptions):
 
 
 # ------------------------------------------------------------------------------------------------ finding items
+
+
+def is_id(text: str) -> bool:
+    """Whether a text is a whole number, and not words of a title; a negative one is the id of no item."""
+    return bool(re.fullmatch(r"-?\d+", text.strip()))
 
 
 class Titles:
@@ -128,7 +133,7 @@ class Titles:
         """The item with this id, or the best match of these words; raises `UserError` if there is none."""
         if isinstance(part, bool) or not isinstance(part, (int, str)):
             raise UserError(f"history: found {str(part)[:60]!r}, expected an item id or words of a title")
-        if isinstance(part, int) or part.strip().isdecimal():
+        if isinstance(part, int) or is_id(part):
             text = str(part).strip()
             item = int(text) if len(text) < 20 else -1
             if not 0 <= item < len(self.titles):
@@ -148,7 +153,7 @@ class Titles:
 
 def parse_history(text: str, titles: Titles) -> list[int]:
     """`"49, 182"` or `"star wars; 182"` -> item ids, oldest first."""
-    only_ids = all(part.strip().isdecimal() for part in text.replace(";", ",").split(",") if part.strip())
+    only_ids = all(is_id(part) for part in text.replace(";", ",").split(",") if part.strip())
     parts = text.replace(";", ",").split(",") if only_ids else text.split(";")
     found = [titles.find(part) for part in parts if part.strip()]
     if not found:
@@ -338,7 +343,8 @@ class User(NamedTuple):
 
 def read_user(number: int, line: str, titles: Titles) -> User:
     try:
-        content = json.loads(line)
+        content = json.loads(line.removeprefix("\ufeff"))  # a file from Windows begins with this mark
+        json.dumps(content, allow_nan=False)  # NaN and Infinity, which Python reads, are not JSON
     except (ValueError, RecursionError):
         content = None
     user = content if isinstance(content, dict) else {}
@@ -395,7 +401,8 @@ def serve(recommender: Recommender) -> None:
         users = [read_user(number, line, recommender.titles) for number, line in batch]
         for user, answer in zip(users, answers(recommender, users), strict=True):
             refused += "error" in answer
-            print(json_line(json.dumps(user.object | answer, ensure_ascii=False)), flush=True)
+            kept = {key: value for key, value in user.object.items() if key not in ("predict", "error")}
+            print(json_line(json.dumps(kept | answer, ensure_ascii=False)), flush=True)
     if refused:
         print(f"note: {refused} lines have an error instead of an answer", file=sys.stderr)
 

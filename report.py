@@ -15,7 +15,6 @@ logs of trainings and the records of runs. Prints the table, writes the page (do
      "seconds": {"<stage>": …}}
 """
 
-import re
 import zipfile
 import zlib
 from collections import Counter
@@ -25,7 +24,7 @@ from pathlib import Path
 
 from minionerec.common import runs
 from minionerec.common.errors import UserError
-from minionerec.common.files import read_json, require_file, write_json
+from minionerec.common.files import atomic_file, read_json, require_file, write_json
 from minionerec.common.options import INPUT, OUTPUT, StageOptions, option, run
 from minionerec.common.text import printable
 
@@ -35,6 +34,7 @@ CUTOFFS = (5, 10, 20)
 COMPARED = ("HR@10", "NDCG@10")
 PROTOCOLS = {"all": "all items", "unseen": "unseen items (the user's earlier items leave the ranking)"}
 PUBLISHED = Path(__file__).parent / "results" / "published.csv"
+TITLE = "MiniOneRec report"
 NOT_MODELS = (  # keys of results.json
     "unseen", "headline", "baseline", "intervals", "differences", "rl_minus_sft", "seconds"
 )  # fmt: skip
@@ -59,16 +59,16 @@ class Options(StageOptions):
 # ------------------------------------------------------------------------------------------------ what is found
 
 
-def moved_aside(path: Path) -> bool:
-    """Whether a path belongs to an older result that `--overwrite` has renamed to NAME.1."""
-    return any(re.search(r"\.\d+$", part) for part in path.parts)
-
-
 def find(folder: Path, pattern: str) -> dict[str, Path]:
     """{model: file} for `<model>/<pattern>` and `<model>.<pattern>`."""
     found = {path.parent.name: path for path in folder.glob(f"*/{pattern}")}
     found |= {path.name.removesuffix(f".{pattern}"): path for path in folder.glob(f"*.{pattern}")}
-    return {name: path for name, path in found.items() if not moved_aside(path.relative_to(folder))}
+    return {name: path for name, path in found.items() if is_current(path, folder)}
+
+
+def is_current(path: Path, folder: Path) -> bool:
+    """Whether a file is in `folder` itself, or below it in one that is no older result."""
+    return path.parent == folder or not runs.moved_aside(path.parent)
 
 
 def read_metrics(folder: Path) -> dict[str, dict]:
@@ -76,7 +76,10 @@ def read_metrics(folder: Path) -> dict[str, dict]:
     metrics = {name: read_json(path, "output_dir") for name, path in find(folder, "metrics.json").items()}
     metrics = {name: content for name, content in metrics.items() if isinstance(content.get("item"), dict)}
     for name, content in metrics.items():
-        check_metrics(find(folder, "metrics.json")[name], content)
+        path = find(folder, "metrics.json")[name]
+        check_metrics(path, content)
+        if name in NOT_MODELS:
+            raise UserError(f"{path}: a model cannot be named {name!r}, a key of results.json; rename it")
     if not metrics:
         raise UserError(f"{folder}: found no metrics of a model, expected files like sft.metrics.json; run run.sh")
     place = {name: number for number, name in enumerate(ORDER)}
@@ -87,12 +90,54 @@ def check_metrics(path: Path, content: dict) -> None:
     """Raise `UserError` where a metrics.json lacks what the table reads, or has it in another form."""
     protocols = [content, *([content["unseen"]] if "unseen" in content else [])]
     right = content.get("headline", "all") in PROTOCOLS
-    for protocol in protocols:
-        values = protocol.get("item") if isinstance(protocol, dict) else None
-        right = right and isinstance(values, dict) and all(isinstance(x, int | float) for x in values.values())
-        right = right and isinstance(protocol.get("intervals", {}), dict)
-    if not right:
+    if not right or not all(map(is_protocol, protocols)):
         raise UserError(f"{path}: not metrics of evaluate.py or sasrec.py; remove it and run that stage again")
+
+
+def is_protocol(content) -> bool:
+    """Whether metrics under one protocol have the form that `minionerec.evaluation.protocols.report` gives them."""
+    parts = [content.get(name, {}) for name in ("item", "intervals", "slices")] if isinstance(content, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or "item" not in content:
+        return False
+    item, intervals, slices = parts
+    tables = [table for kind in slices.values() for table in (kind.values() if isinstance(kind, dict) else [None])]
+    return (
+        are_numbers(item.values())
+        and all(isinstance(pair, list) and len(pair) == 2 and are_numbers(pair) for pair in intervals.values())
+        and all(isinstance(table, dict) and are_numbers(table.values()) and is_slice(table) for table in tables)
+    )
+
+
+def is_slice(table: Mapping) -> bool:
+    return "rows" in table and any(name.startswith("HR@") for name in table)
+
+
+def are_numbers(values: Iterable) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+def check_record(path: Path, record: dict) -> None:
+    """Raise `UserError` where a record lacks what the report reads, or has it in another form."""
+    kinds = {"stage": str, "started": int | float, "seconds": int | float}
+    kinds |= {name: dict for name in ("settings", "inputs", "options", "versions") if name in record}
+    for name, kind in kinds.items():
+        if not isinstance(record.get(name), kind):
+            raise UserError(
+                f"{path}: {name} is {str(record.get(name))[:60]}, not the record of a stage; remove it and run that stage "
+                "again"
+            )
+
+
+def check_ranks(path: Path, arrays: Mapping) -> None:
+    """Raise `UserError` where arrays of a ranks.npz are not those of `minionerec.evaluation.protocols.write_ranks`."""
+    for name, array in arrays.items():
+        is_label, dimensions = name.startswith("slice_"), 2 if name.endswith("_top") else 1
+        right = array.ndim == dimensions and (is_label or array.dtype.kind in "iu")
+        if not right or not len(array) or len(array) != len(next(iter(arrays.values()))):
+            raise UserError(
+                f"{path}: {name} has shape {array.shape} of {array.dtype}, expected {dimensions} dimension(s) of whole "
+                "numbers, a row for each test row; remove it and run that stage again"
+            )
 
 
 def read_records(folder: Path) -> dict[str, dict]:
@@ -104,8 +149,10 @@ def read_records(folder: Path) -> dict[str, dict]:
     paths = [
         path for depth in ("", "*/") for name in (runs.RECORD, f"*.{runs.RECORD}") for path in folder.glob(depth + name)
     ]
-    records = [(path, runs.read_record(path)) for path in paths if not moved_aside(path.relative_to(folder))]
+    records = [(path, runs.read_record(path)) for path in paths if is_current(path, folder)]
     records = [(path, record) for path, record in records if record.get("complete")]
+    for path, record in records:
+        check_record(path, record)
     records.sort(key=lambda pair: pair[1]["started"])
     times = Counter(record["stage"] for _, record in records)
 
@@ -133,6 +180,7 @@ def read_ranks(folder: Path) -> dict[str, dict]:
                 ranks[name] = dict(content)
         except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path}: a damaged .npz ({error}); remove it and run that stage again") from None
+        check_ranks(path, ranks[name])
     return ranks
 
 
@@ -266,8 +314,8 @@ def outputs_of(results: Mapping[Path, dict]) -> list:
     return outputs
 
 
-def write_page(path: Path, outputs: list, options: Options) -> None:
-    """Write the page of these outputs."""
+def page_of(outputs: list, options: Options) -> str:
+    """The page of these outputs."""
     from minionerec.report import facts, page, rows, sids
     from minionerec.report import results as tables
 
@@ -281,7 +329,18 @@ def write_page(path: Path, outputs: list, options: Options) -> None:
         facts.data_section(outputs),
         facts.provenance_section(outputs),
     ]
-    page.write(path, "MiniOneRec report", ", ".join(output.label for output in outputs), sections)
+    return page.render(TITLE, ", ".join(output.label for output in outputs), sections)
+
+
+def is_results(path: Path) -> bool:
+    """Whether a file is a results.json of an earlier call."""
+    return {"headline", "baseline", "seconds"} <= runs.read_record(path).keys()
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page of an earlier call."""
+    with open(path, "rb") as f:
+        return f"<title>{TITLE}</title>".encode() in f.read(4096)
 
 
 def labels_of(folders: list[Path]) -> dict[Path, str]:
@@ -295,12 +354,21 @@ def main(options: Options) -> None:
         raise UserError("--output_dir is required")
     folders = list(dict.fromkeys(require_file(folder, "output_dir") for folder in options.output_dir))
     results = {folder: results_of(folder, options.seed) for folder in folders}
+    tables = {folder / "results.json": own for folder, own in results.items()}
+    path = Path(options.report_file or folders[0] / "report.html")
+    if path.resolve() in [table.resolve() for table in tables]:
+        raise UserError(
+            f"--report_file {path}: the table goes there, expected another name; choose one like report.html"
+        )
     for folder, own in results.items():
-        write_json(folder / "results.json", own)
         print(f"test rows, by item, full catalog ({printable(str(folder))})")
         print(tables_of(own))
-    path = Path(options.report_file or folders[0] / "report.html")
-    write_page(path, outputs_of(results), options)
+    page = page_of(outputs_of(results), options)
+    runs.make_room(options, lambda file: is_results(file) if file in tables else is_page(file), path, *tables)
+    for file, own in tables.items():
+        write_json(file, own)
+    with atomic_file(path) as f:
+        f.write(page)
     print(f"\nreport       {printable(str(path))}")
 
 

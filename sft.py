@@ -294,7 +294,7 @@ def build_lines(options: Options, args, data, prompts, tokenizer):
 
     Where the template lets answers continue histories, sid_seq is trained as whole sequences.
     """
-    from data import parse_tasks, sft_pairs
+    from data import parse_tasks, sft_pairs, taken
     from minionerec.language_model import sid_sequences
     from minionerec.language_model.augmentation import AugmentedLines, level_of_tokens
     from minionerec.language_model.batches import Lines
@@ -315,9 +315,9 @@ def build_lines(options: Options, args, data, prompts, tokenizer):
 
     parts = []
     if prompts.continues and "sid_seq" in weights:
-        copies, whole = round(weights.pop("sid_seq")), None
         whole = sid_sequences.sequence_rows(data.train, sids, prefix, tokenizer, options.max_history)
-        parts += [whole.trimmed(options.cutoff_len)] * max(1, copies)
+        places = taken(len(whole.answer), weights.pop("sid_seq"), "sid_seq", options.seed)
+        parts.append(whole.of(places).trimmed(options.cutoff_len))
     if weights:
         parts.append(tokenised(weights, data.train))
     if options.history_drop or options.history_crop:

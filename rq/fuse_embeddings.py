@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from minionerec.common import runs
 from minionerec.common.console import say
 from minionerec.common.errors import UserError
-from minionerec.common.options import INPUT, OUTPUT, StageOptions, option, run
+from minionerec.common.options import INPUT, MOST_WEIGHT, OUTPUT, StageOptions, option, run
 
 
 @dataclass
@@ -42,6 +42,8 @@ class Options(StageOptions):
     def __post_init__(self):
         super().__post_init__()
         self.at_least(0, "text_weight", "behaviour_weight", "min_interactions", "pca_dim")
+        weights = {name: getattr(self, name) for name in ("text_weight", "behaviour_weight")}
+        self.check(**{name: (weight <= MOST_WEIGHT, f"at most {MOST_WEIGHT}") for name, weight in weights.items()})
         self.check(ridge=(self.ridge > 0, "more than 0"))
         if self.text_weight + self.behaviour_weight == 0:
             raise UserError("--text_weight 0 --behaviour_weight 0: nothing is left; expected one above 0")
@@ -130,7 +132,12 @@ def main(options: Options) -> None:
             f"the median item has {np.median(counts):g} interactions in train, fewer than --min_interactions "
             f"{options.min_interactions:g}: the text alone"
         )
-    fused = fuse(text, model.table()[: len(text)].detach().numpy(), seen, chosen)
+    try:
+        fused = fuse(text, model.table()[: len(text)].detach().numpy(), seen, chosen)
+    except np.linalg.LinAlgError:  # a ridge penalty that vanishes beside the rows
+        fused = np.array([np.inf])
+    if not np.isfinite(fused).all():
+        raise UserError(f"--ridge {options.ridge}: the fused embeddings are not finite; choose a value like 1")
     with atomic_file(options.output_file, "wb") as f:
         np.save(f, fused, allow_pickle=False)
     say(

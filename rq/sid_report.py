@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from minionerec.common import runs
 from minionerec.common.embeddings import load_embeddings
 from minionerec.common.errors import UserError
 from minionerec.common.files import read_json
@@ -91,6 +92,12 @@ def table(reports: dict[str, dict]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def is_comparison(path: Path) -> bool:
+    """Whether a file is the figures that an earlier call wrote."""
+    content = runs.read_record(path)
+    return bool(content) and all(isinstance(each, dict) and "after" in each for each in content.values())
+
+
 def main(options: Options) -> None:
     if not options.index:
         raise UserError("one or more index files are required: python -m rq.sid_report A.index.json B.index.json")
@@ -99,11 +106,14 @@ def main(options: Options) -> None:
 
     from rq.picture import write_report
 
+    output = Path(options.output_file)
     embeddings = torch.from_numpy(load_embeddings(options.data_path)) if options.data_path else None
     reports = {path: report_of(path, embeddings) for path in options.index}
+    if options.output_file:
+        own = is_comparison(output)  # then the picture is that of an earlier call too
+        runs.make_room(options, lambda _: own, output, output.with_suffix(".png"))
     print(table(reports))
     if options.output_file:
-        output = Path(options.output_file)
         write_report(output, reports, reports)
         print(f"wrote {output} and {output.with_suffix('.png')}")
 

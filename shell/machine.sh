@@ -26,6 +26,9 @@ find_processes() {
     THREADS=$((($(count_cores) + NPROC - 1) / NPROC))
     MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
     MASTER_PORT=${MASTER_PORT:-$((NNODES > 1 ? 29500 : 0))} # 0: a free port
+    local least=$((NNODES > 1 ? 1 : 0))
+    [[ $MASTER_PORT =~ ^[0-9]{1,5}$ ]] && [ "$MASTER_PORT" -ge $least ] && [ "$MASTER_PORT" -le 65535 ] ||
+        die "MASTER_PORT is '$MASTER_PORT', expected a port from $least to 65535"
 }
 
 # GNU OpenMP's threads, those of torch on Linux, spin while they wait for one another, for so long that processes on a busy

@@ -134,6 +134,13 @@ def test_a_wrong_number_of_processes_is_one_line(path):
     assert done.returncode == 2 and done.stderr == "error: NPROC is '0', expected a number of processes, at least 1\n"
 
 
+@pytest.mark.parametrize("path", ["sft.sh", "rl.sh"])
+def test_a_wrong_file_of_accelerate_is_one_line(path):
+    done = run_stage(path, env={"NPROC": 1, "ACCELERATE_CONFIG": "nowhere.yaml"}, check=False, fresh=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: nowhere.yaml: no such file; check ACCELERATE_CONFIG")
+
+
 WRONG_PATHS = {
     "sft.sh": "BASE_MODEL TRAIN_FILE EVAL_FILE SID_INDEX_PATH ITEM_META_PATH OUTPUT_DIR",
     "rl.sh": "MODEL_PATH TRAIN_FILE EVAL_FILE INFO_FILE BASELINE_PATH OUTPUT_DIR",

@@ -111,11 +111,16 @@ def test_the_default_for_seen_items_follows_from_train(world, checkpoint_folder,
     [
         '{"history": "49"}', '{"history": []}', "[1]", "{", '{"history": [900]}', '{"history": [true]}', "[" * 100_000,
         '{"history": [' + "9" * 5000 + "]}", '{"history": [1e400]}', '{"history": ["\\ud800"]}', "null", "\udcff\udcfe",
+        '{"history": [1], "x": NaN}', '{"history": [1], "x": -1e999}', '{"history": [-5]}', '{"history": ["-5"]}',
     ],
 )  # fmt: skip
 def test_bad_lines_are_errors_of_one_line(line):
     user = recommend.read_user(2, line, TITLES)
     assert user.error and user.number == 2 and not user.history and len(user.error.splitlines()) == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_a_line():
+    assert recommend.read_user(1, '\ufeff{"history": [1]}', TITLES).history == [1]
 
 
 class FewAnswers:
@@ -138,6 +143,16 @@ def test_a_line_that_fails_costs_no_other_line_its_answer():
     assert found[0] == {"predict": [{"item_id": 1}]} and found[3] == {"predict": [{"item_id": 0}]}
     assert found[1]["line"] == 2 and "expected an object like" in found[1]["error"]
     assert found[2] == {"line": 3, "error": "too long"}
+
+
+def test_an_answer_replaces_an_older_one_of_its_line(monkeypatch, capsys):
+    lines = ['{"history": [1], "error": "old"}', '{"history": [900], "predict": []}']
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    recommender = FewAnswers()
+    recommender.titles, recommender.options = TITLES, recommend.Options()
+    recommend.serve(recommender)
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first.keys() == {"history", "predict"} and second.keys() == {"history", "line", "error"}
 
 
 def test_lines_that_wait_form_a_batch():

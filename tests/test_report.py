@@ -125,3 +125,29 @@ def test_from_the_command_line(folder):
     assert refused.returncode == 2 and refused.stderr.startswith("error: nowhere: no such file")
     assert len(refused.stderr.splitlines()) == 1
     assert "Traceback" in run_stage("report.py", "--output_dir", "nowhere", "--debug", check=False).stderr
+
+
+def test_own_files_are_written_again_and_others_move_aside_on_request(folder):
+    page = folder / "report.html"
+    for _ in range(2):
+        report.main(report.Options(output_dir=[str(folder)]))
+    (folder / "results.json").write_text('{"mine": 1}')
+    page.write_text("<html>mine</html>")
+    before = page.read_text()
+    with pytest.raises(UserError, match=r"report\.html: holds another result"):
+        report.main(report.Options(output_dir=[str(folder)]))
+    assert page.read_text() == before
+    report.main(report.Options(output_dir=[str(folder)], overwrite=True))
+    assert (folder / "results.json.1").read_text() == '{"mine": 1}'
+    assert (folder / "report.html.1").read_text() == before and report.is_page(page)
+
+
+def test_a_name_with_a_number_is_an_older_result_only_beside_its_name(folder):
+    ranks = np.arange(400) % 40
+    for name in ("sasrec_lr0.001", "sasrec_lr0.5", "sasrec.1", "sasrec.2024", "markov.7", "caser.1"):
+        write_model(folder, name, ranks)
+    records = {"markov.7": {"output_dir": "x/markov.7"}, "caser.1": {"output_dir": "x/caser"}}
+    for name, options in records.items():
+        (folder / name / "run.json").write_text(json.dumps({"options": options}))
+    names = {"markov", "sasrec", "sft", "blend", "sasrec_lr0.001", "sasrec_lr0.5", "sasrec.2024", "markov.7"}
+    assert set(report.read_metrics(folder)) == names

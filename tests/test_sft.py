@@ -420,3 +420,18 @@ def test_sft_under_deepspeed_is_killed_and_resumes(world, base_model, tmp_path, 
     for key in whole:
         torch.testing.assert_close(resumed[key].float(), whole[key].float(), atol=1e-2, rtol=1e-2)  # bf16
     AutoModelForCausalLM.from_pretrained(tmp_path / "killed")
+
+
+@pytest.mark.parametrize("weight", [0.25, 1, 1.4, 2.5])
+def test_a_share_of_whole_sequences_is_drawn(world, policy, weight):
+    files = {"info_file": world.info, "train": world.train, "valid": world.valid}
+    given = data.load(**files, max_history=4), Prompts(category="items"), policy.tokenizer
+
+    def rows(weight):
+        options = sft.Options(sft_tasks=f"sid_seq:{weight}", max_history=4)
+        return sft.build_lines(options, None, *given)[0].rows
+
+    whole, found = rows(1), rows(weight)
+    assert len(found.answer) == round(weight * len(whole.answer))
+    if weight == 1:
+        assert np.array_equal(found.tokens, whole.tokens)

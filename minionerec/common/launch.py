@@ -15,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from minionerec.common.processes import ERRORS
+from minionerec.common.errors import UserError
+from minionerec.common.processes import ERRORS, report_error
 
 
 def start(tool: str, arguments: list[str]) -> None:
@@ -24,8 +25,24 @@ def start(tool: str, arguments: list[str]) -> None:
         from torch.distributed.run import main
     else:
         from accelerate.commands.launch import main
+
+        check_config(arguments[arguments.index("--config_file") + 1])
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     main()
+
+
+def check_config(path: str) -> None:
+    """Raise `UserError` unless accelerate can read this file."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from yaml import YAMLError
+
+    remedy = "check ACCELERATE_CONFIG, which names a file like those of config/"
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; {remedy}")
+    try:
+        load_config_from_file(path)
+    except (OSError, ValueError, TypeError, AttributeError, YAMLError) as error:  # also for a file that is no mapping
+        raise UserError(f"{path}: not a configuration of accelerate ({error}); {remedy}") from None
 
 
 def main() -> int:
@@ -38,6 +55,10 @@ def main() -> int:
         try:
             start(tool, arguments)
             return 0
+        except UserError as error:
+            del os.environ[ERRORS]
+            report_error(str(error))
+            return 2
         except SignalException as stopped:
             return 128 + stopped.sigval
         except (ChildFailedError, subprocess.CalledProcessError) as failure:

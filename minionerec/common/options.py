@@ -39,6 +39,7 @@ from minionerec.common.files import require_file
 from minionerec.common.processes import end_with_launcher, leave_group, report_error
 
 SETTING, INPUT, OUTPUT, RUNTIME = "setting", "input", "output", "runtime"
+MOST_WEIGHT = 1000  # of a model in a blend or of a part of fused embeddings: no sum overflows
 WITHDRAWALS: list[Callable[[], None]] = []  # undo what a refused start has written; `minionerec.common.runs` adds to it
 
 
@@ -94,10 +95,10 @@ class StageOptions:
                 raise UserError(f"--{name} is required")
 
 
-def is_number(text: str) -> bool:
-    """Whether `text` is a finite number."""
+def is_weight(text: str) -> bool:
+    """Whether `text` is a number from 0 to `MOST_WEIGHT`."""
     try:
-        return math.isfinite(float(text))
+        return 0 <= float(text) <= MOST_WEIGHT
     except ValueError:
         return False
 

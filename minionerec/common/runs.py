@@ -35,11 +35,12 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,6 +203,19 @@ def refuse_unknown(options, *files: str | Path) -> None:
             raise _taken(file, f"{file.name} was not made by this stage")
 
 
+def make_room(options, ours: Callable[[Path], bool], *files: str | Path) -> None:
+    """Before a command without a record writes `files`: refuse those that exist and are not `ours`, or move them aside."""
+    foreign = [path for path in map(Path, files) if path.exists() and not (path.is_file() and ours(path))]
+    for path in foreign:
+        if path.is_dir():
+            raise UserError(f"{path}: found a folder, expected the name of a file; choose another output")
+        if not options.overwrite:
+            raise _taken(path, f"{path.name} was not made by this command")
+    for path in foreign:
+        [(_, new)] = move_aside([path], "")
+        note(f"{path} was not made by this command; it moves to {new}")
+
+
 def _taken(place: str | Path, reason: str) -> UserError:
     return UserError(
         f"{place}: holds another result ({reason}); choose another output, or --overwrite True to move the old one aside"
@@ -361,6 +375,8 @@ def move_aside(existing: Sequence[Path], folder: str | Path) -> list[tuple[Path,
     Returns (where it was, where it is) of each file or folder.
     """
     number, folder = 1, str(folder).rstrip("/")
+    if folder and Path(folder).name in ("", ".."):  # `.`
+        folder = str(Path(folder).resolve())
     targets = [folder] if folder else existing
     while any(Path(f"{target}.{number}").exists() for target in targets):
         number += 1
@@ -370,6 +386,18 @@ def move_aside(existing: Sequence[Path], folder: str | Path) -> list[tuple[Path,
         new.parent.mkdir(parents=True, exist_ok=True)
         path.rename(new)
     return moved
+
+
+def moved_aside(path: Path) -> bool:
+    """Whether a folder is an older result that was renamed to NAME.1: NAME is there, or its record was written at NAME.
+
+    A name that only looks like that, such as sasrec_lr0.5, is the folder's own.
+    """
+    found = re.fullmatch(r"(.+)\.[1-9]\d{0,2}", path.name)
+    options = read_record(path / RECORD).get("options") if found else None
+    options = options if isinstance(options, dict) else {}
+    written = [Path(str(options[name])).name for name in ("output_dir", "ckpt_dir") if options.get(name)]
+    return bool(found) and path.name not in written and (found[1] in written or path.with_name(found[1]).exists())
 
 
 def target_of(moved: Sequence[tuple[Path, Path]], folder: str | Path) -> str:

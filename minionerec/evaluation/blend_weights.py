@@ -25,6 +25,7 @@ import numpy as np
 
 from minionerec.common.errors import UserError
 from minionerec.common.files import read_json
+from minionerec.common.options import MOST_WEIGHT
 from minionerec.evaluation.blend import Candidates, ranks
 from minionerec.evaluation.metrics import values_of
 
@@ -171,10 +172,10 @@ def read_weights(path: str, flag: str, baselines: Sequence[str]) -> UserWeights:
 
 
 def _numbers(values, count: int | None, path: str, key: str) -> tuple[float, ...]:
-    """`values` as floats; raises `UserError` unless they are a list of finite numbers, `count` of them if given."""
+    """`values` as floats; raises `UserError` unless they are a list of numbers up to `MOST_WEIGHT`, `count` of them if given."""
     kinds = (int, float)
-    good = isinstance(values, list) and all(type(x) in kinds and math.isfinite(x) for x in values)
+    good = isinstance(values, list) and all(type(x) in kinds and 0 <= x <= MOST_WEIGHT for x in values)
     if not good or count not in (None, len(values)):
-        expected = "finite numbers" if count is None else f"{count} finite numbers"
+        expected = f"{'' if count is None else f'{count} '}finite numbers from 0 to {MOST_WEIGHT}"
         raise UserError(f"{path}: {key} is {str(values)[:60]}, expected a list of {expected}; evaluate again")
     return tuple(map(float, values))

@@ -33,6 +33,11 @@ class Rows(NamedTuple):
         """Tokens of each row."""
         return np.diff(self.start)
 
+    def of(self, rows: Sequence[int]) -> "Rows":
+        """These of the rows, in this order."""
+        lengths = self.lengths[rows]
+        return Rows(_take(self.tokens, self.start[rows], lengths), _starts(lengths), self.answer[rows])
+
     def trimmed(self, cutoff_len: int, pairs: Sequence[Pair] = ()) -> "Rows":
         """The rows with at most `cutoff_len` tokens: a longer prompt loses its beginning.
 

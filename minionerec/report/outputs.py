@@ -54,7 +54,9 @@ class Output:
     @cached_property
     def logs(self) -> dict[str, list[dict]]:
         """{training: what it has logged}, in the order in which they began."""
-        folders = [path.parent for path in sorted(self.folder.glob(f"*/{LOG_FILE}")) if is_current(path)]
+        folders = [
+            path.parent for path in sorted(self.folder.glob(f"*/{LOG_FILE}")) if not runs.moved_aside(path.parent)
+        ]
         began = {folder: runs.read_record(folder / runs.RECORD).get("started", 0) for folder in folders}
         return {folder.name: read_log(folder) for folder in sorted(folders, key=began.get)}
 
@@ -100,11 +102,6 @@ class Output:
             if path
         }
         return Dataset(items.titles, splits)
-
-
-def is_current(path: Path) -> bool:
-    """Whether a folder is no older result that `--overwrite` has renamed to NAME.1."""
-    return not path.parent.suffix[1:].isdigit()
 
 
 def curve(log: list[dict], name: str) -> list[tuple[float, float]]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from minionerec.common.files import atomic_file
 from minionerec.common.text import printable
 from minionerec.report.blocks import Section
 
@@ -53,9 +52,3 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
             policy=policy(script),
         )
     )
-
-
-def write(path: Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
-    """Write the page, atomically."""
-    with atomic_file(path) as f:
-        f.write(render(title, subtitle, sections))

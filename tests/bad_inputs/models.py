@@ -2,7 +2,20 @@
 
 from pathlib import Path
 
-from bad_inputs.bench import Case, array, file_case, folder_there, half, json_edit, option_case, put, remove, tensors
+import numpy as np
+from bad_inputs.bench import (
+    Case,
+    array,
+    arrays,
+    file_case,
+    folder_there,
+    half,
+    json_edit,
+    option_case,
+    put,
+    remove,
+    tensors,
+)
 
 WEIGHTS = "sft/model.safetensors"
 
@@ -69,6 +82,8 @@ SFT = [
     option_case("sft", "--sft_tasks dance: no task 'dance'", sft_tasks="dance"),
     option_case("sft", "'many' is no weight", sft_tasks="sid_seq:many"),
     option_case("sft", "weight 0 of sid_seq", sft_tasks="sid_seq:0"),
+    option_case("sft", "--sft_tasks sid_seq:0.001: none of", sft_tasks="sid_seq:0.001,title2sid"),
+    option_case("sft", "--sft_tasks title2sid:0.001: none of", sft_tasks="sid_seq,title2sid:0.001"),
     option_case("sft", "the preference tasks need --user_preference_file", sft_tasks="sid_seq2preference"),
     option_case("sft", "--metric_for_best_model HR@7: expected eval_loss", metric_for_best_model="HR@7"),
     option_case("sft", "--sid_init codebook", sid_init="codebook"),
@@ -153,6 +168,16 @@ EVALUATE = [
     option_case("evaluate", "nowhere", blend_path="nowhere", blend_weight="1"),
     option_case("evaluate", "nowhere: no such file or folder; check --base_model", base_model="nowhere"),
     option_case("evaluate", "--result_json_data .: found a folder", result_json_data="."),
+    option_case("evaluate", "--result_json_data out/: found a folder", result_json_data="out/"),
+    option_case("evaluate", "--length_penalty 90.0: expected -10 to 10", length_penalty=90),
+    option_case("evaluate", "--length_penalty -1000.0: expected -10 to 10", length_penalty=-1000),
+    option_case("evaluate", "--blend_rows 0: expected at least 1, or -1", blend_path="sasrec", blend_valid_file="valid/toy.csv", blend_rows=0),
+    option_case("evaluate", "--blend_rows -5: expected at least 1, or -1", blend_path="sasrec", blend_valid_file="valid/toy.csv", blend_rows=-5),
+    option_case("evaluate", "1 numbers, 0 to 1000", blend_path="sasrec", blend_weight="1e308"),
+    option_case("evaluate", "1 numbers, 0 to 1000", blend_path="sasrec", blend_weight="-1"),
+    option_case("evaluate", "--blend_weight ['user']: expected nothing without --blend_path", blend_weight="user"),
+    option_case("evaluate", "--blend_valid_file nowhere.csv: expected nothing without --blend_path", blend_valid_file="nowhere.csv"),
+    option_case("evaluate", "--blend_rows 5: expected nothing without --blend_path", blend_rows=5),
     file_case("evaluate", "path", folder_there("out/p.json"), "--result_json_data out/p.json: found a folder"),
     file_case("evaluate", "path", put("out", "a file"), "out"),
     file_case("evaluate", "earlier result", put("out/p.json", "{}"), "out/p.json: holds another result"),
@@ -163,6 +188,9 @@ EVALUATE = [
 RECOMMEND = [
     option_case("recommend", "history: no item 48, expected ids 0..47", history="48"),
     option_case("recommend", "history: no title has the words 'zebra'", history="zebra"),
+    option_case("recommend", "history: no item -5, expected ids 0..47", history=" -5"),
+    option_case("recommend", "history: no item -5, expected ids 0..47", history="3, -5"),
+    option_case("recommend", "0 to 1000", blend_path="sasrec", blend_weight="1e308"),
     option_case("recommend", "--history is empty", history=" ; "),
     option_case("recommend", "--K 0: expected at least 1", K=0),
     option_case("recommend", "--num_beams 5: expected at least --K 10", num_beams=5),
@@ -190,8 +218,23 @@ REPORT = [
     file_case("report", "JSON", json_edit(METRICS, lambda c: c.update(unseen=3)), METRICS),
     file_case("report", "JSON", json_edit(METRICS, lambda c: c.update(headline="best")), METRICS),
     file_case("report", "JSON", json_edit(METRICS, lambda c: c.update(intervals=[])), METRICS),
+    option_case("report", "toy.item.json: holds another result (toy.item.json was not made by this command)", report_file="toy.item.json"),
+    option_case("report", "--report_file run/results.json: the table goes there", report_file="run/results.json"),
+    option_case("report", "train: found a folder, expected the name of a file", report_file="train"),
+    file_case("report", "earlier result", put("run/results.json", '{"mine": 1}'), "run/results.json: holds another result", "--overwrite True"),
+    file_case("report", "earlier result", put("run/report.html", "<html>mine</html>"), "run/report.html: holds another result"),
+    file_case("report", "JSON", json_edit(METRICS, lambda c: c.update(intervals={"NDCG@10": 3})), METRICS),
+    file_case("report", "JSON", json_edit(METRICS, lambda c: c["unseen"].update(slices={"popularity": 3})), METRICS),
+    file_case("report", "JSON", json_edit(METRICS, lambda c: c.update(slices={"popularity": {"head": {"rows": 3}}})), METRICS),
+    file_case("report", "JSON", put("run/sasrec/run.json", '{"complete": true}'), "run/sasrec/run.json: stage is None"),
+    file_case("report", "JSON", put("run/unseen/metrics.json", '{"item": {"HR@5": 0.1}}'), "a model cannot be named 'unseen'", "rename it"),
+    file_case("report", "JSON", put("run/seconds.metrics.json", '{"item": {"HR@5": 0.1}}'), "a model cannot be named 'seconds'"),
+    file_case("report", "array", arrays(RANKS, all_item=np.zeros((3, 2), dtype=int)), RANKS, "all_item has shape (3, 2)"),
+    file_case("report", "array", arrays(RANKS, all_item=np.array(["a", "b", "c"])), RANKS, "all_item has shape (3,) of <U1"),
+    file_case("report", "array", arrays(RANKS, all_item=np.array(3)), RANKS, "all_item has shape ()"),
+    file_case("report", "array", arrays(RANKS, all_item=np.arange(3), target=np.arange(2)), RANKS, "target has shape (2,)"),
     file_case("report", "array", half(RANKS), RANKS),
     file_case("report", "array", put(RANKS, ""), RANKS),
-]
+]  # fmt: skip
 
 CASES = [*SASREC, *SFT, *RL, *EVALUATE, *RECOMMEND, *REPORT]

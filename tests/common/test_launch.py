@@ -13,6 +13,8 @@ import time
 import pytest
 from helpers import ROOT
 
+from minionerec.common import launch
+
 SCRIPT = """
 import os, sys, time
 from dataclasses import dataclass
@@ -85,3 +87,26 @@ def test_a_stop_signal(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (None, "no such file"),
+        ("{", "not a configuration of accelerate (while parsing"),
+        ("", "not a configuration of accelerate"),
+        ("- 1", "not a configuration of accelerate"),
+        ("num_processes: 1", "not a configuration of accelerate (A `distributed_type` must be specified"),
+        ("distributed_type: MANY", "not a configuration of accelerate ('MANY' is not a valid DistributedType"),
+        ("distributed_type: 'NO'\nmany: 1", "not a configuration of accelerate"),
+        ("\x00\xff", "not a configuration of accelerate"),
+    ],
+)
+def test_a_wrong_file_of_accelerate_is_one_line(content, found, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "x.yaml"
+    if content is not None:
+        path.write_text(content, encoding="latin-1")
+    monkeypatch.setattr(sys, "argv", ["launch", "accelerate", "--config_file", str(path), "rl.py"])
+    assert launch.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: {found}") and error.count("\n") == 1 and "check ACCELERATE_CONFIG" in error

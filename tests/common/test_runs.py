@@ -428,3 +428,11 @@ def test_a_result_inside_an_input_is_no_part_of_it(options, tmp_path):
     for changed in (score, lambda: begin(inside)):
         with pytest.raises(UserError, match="the content of (model|scored) has changed"):
             changed()
+
+
+def test_the_working_directory_moves_aside_under_its_own_name(options, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    (tmp_path / "model" / "result.txt").write_text("old")
+    runs.begin(replace(options, overwrite=True), "stage", folder=".", writes=["*.txt"])
+    assert (tmp_path / "model.1" / "result.txt").read_text() == "old" and not list((tmp_path / "model").glob(".*"))

@@ -223,6 +223,7 @@ def test_weights_read_back(tmp_path):
         (lambda user: user.update(cuts=[0.1, 0.2]), "has 2 cuts, 2 lists of weights"),
         (lambda user: user.update(cuts=["a"]), "user_weights.cuts is .*expected a list of finite numbers"),
         (lambda user: user.update(weights=[[1.0], [1.0]]), "user_weights.weights is .*list of 2 finite numbers"),
+        (lambda user: user.update(weights=[[1e308, 1.0]] * 2), "user_weights.weights is .*from 0 to 1000"),
         (lambda user: user.update(weights=None), "has 1 cuts, 0 lists of weights"),
         (lambda user: user.update(cuts=[0.2, 0.1], weights=[[1, 1]] * 3), "expected increasing cuts"),
         (lambda user: user.update(confidence_of="run/caser"), "confidence_of 'run/caser'"),

@@ -7,6 +7,7 @@ fit is one line, and nothing is written.
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,3 +241,14 @@ def test_a_record_tells_what_the_file_was_made_from(files, tmp_path):
     np.save(files["data_path"], normal(N, TEXT, seed=9))
     given = [part for name, value in files.items() for part in (f"--{name}", value)]
     assert "the content of data_path has changed" in refusal(fuse_embeddings, *given)
+
+
+def test_a_result_that_is_not_finite_is_refused(files, monkeypatch):
+    def singular(*_):
+        raise np.linalg.LinAlgError
+
+    for fused in (lambda *_: np.array([[np.inf]]), singular):
+        monkeypatch.setattr(fuse_embeddings, "fuse", fused)
+        with pytest.raises(UserError, match="--ridge 1.0: the fused embeddings are not finite"):
+            fuse_embeddings.main(Options(**files))
+        assert not Path(files["output_file"]).exists()

@@ -9,6 +9,7 @@ import torch
 from helpers import run_stage
 from rq_helpers import index, refusal
 
+from minionerec.common.errors import UserError
 from rq import sid_report
 from rq.checkpoints import load_model
 from rq.codebooks import CodebookFile, write_codebooks
@@ -58,3 +59,17 @@ def test_report_from_the_command_line(tmp_path):
     done = run_stage("rq.sid_report", tmp_path / "A.index.json")
     assert "0.3333" in done.stdout
     assert "one or more index files are required" in refusal(sid_report)
+
+
+def test_its_own_files_are_written_again_and_others_move_aside_on_request(tmp_path):
+    write_index(tmp_path / "A.index.json", np.array([[0, 0], [0, 0], [0, 1]]))
+    output = tmp_path / "notes.json"
+    options = {"index": [str(tmp_path / "A.index.json")], "output_file": str(output)}
+    for _ in range(2):
+        sid_report.main(sid_report.Options(**options))
+    output.write_text('["mine"]')
+    with pytest.raises(UserError, match="notes.json: holds another result"):
+        sid_report.main(sid_report.Options(**options))
+    sid_report.main(sid_report.Options(**options, overwrite=True))
+    assert (tmp_path / "notes.json.1").read_text() == '["mine"]' and (tmp_path / "notes.png.1").exists()
+    assert sid_report.is_comparison(output)

@@ -14,7 +14,15 @@ from helpers import ROOT
 def bash(commands: str, **variables) -> subprocess.CompletedProcess:
     """Run `commands` after sourcing shell/machine.sh; a variable that is None is unset."""
     environment = os.environ | {name: str(value) for name, value in variables.items() if value is not None}
-    for name in ("CUDA_VISIBLE_DEVICES", "NPROC", "NNODES", "NODE_RANK", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+    for name in (
+        "CUDA_VISIBLE_DEVICES",
+        "NPROC",
+        "NNODES",
+        "NODE_RANK",
+        "MASTER_PORT",
+        "OMP_WAIT_POLICY",
+        "GOMP_SPINCOUNT",
+    ):
         if variables.get(name) is None:
             environment.pop(name, None)
     die = 'die() { echo "error: $*" >&2; exit 2; }'
@@ -96,6 +104,10 @@ def test_processes_and_threads(nvidia_smi):
         ({"NNODES": "0"}, "NNODES is '0', expected a number of nodes"),
         ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK is '2', expected a number from 0 to NNODES - 1 = 1"),
         ({"NODE_RANK": "x"}, "NODE_RANK is 'x'"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc', expected a port from 0 to 65535"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is '65536'"),
+        ({"MASTER_PORT": "9" * 30}, "MASTER_PORT is '999"),
+        ({"NNODES": "2", "MASTER_PORT": "0"}, "MASTER_PORT is '0', expected a port from 1 to 65535"),
     ],
 )
 def test_wrong_numbers_are_one_line(variables, message):
