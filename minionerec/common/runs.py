@@ -11,7 +11,8 @@ the run begins, so that inputs are recorded as they were then, and again when it
 
 The identity of a run is its stage, its options of role SETTING and the digests of its options of role INPUT
 (`minionerec.common.options`). The record also says, outside the identity: command, options of any role that differ from
-their defaults, code version, commit, package versions, device, time, seconds, and the files that were written.
+their defaults, code version, commit, package versions, device, time, seconds, the files that were written, and a random
+`id`, which every start of the same run keeps: what an unfinished run leaves for its next start is marked with it.
 
     what is found                                    what happens
     no result                                        fresh start
@@ -35,6 +36,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import shlex
 import subprocess
 import sys
@@ -155,7 +157,8 @@ def begin(
     identity = identity_of(options, stage, inputs or {})
     found = read_record(path)
     existing, moved = results(folder, writes, files, found, path), []
-    if found and {key: found.get(key) for key in identity} == identity:
+    same = bool(found) and {key: found.get(key) for key in identity} == identity
+    if same:
         missing = [name for name in found.get("outputs", ()) if not (path.parent / name).exists()]
         if found.get("complete") and not missing:
             say(f"{folder or files[0]}: complete with these options, nothing to do")
@@ -176,6 +179,7 @@ def begin(
             note(f"the old result ({reason}) moves to {target_of(moved, folder)}")
     seconds = found.get("seconds_before", 0) if state == "resume" else 0
     new = identity | {
+        "id": (same and found.get("id")) or secrets.token_hex(8),
         "complete": False,
         "command": " ".join(sys.argv),
         "options": changed_options(options),
