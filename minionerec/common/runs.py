@@ -54,6 +54,7 @@ from minionerec.common.tracking import LOG_FILE
 
 ROOT = Path(__file__).parents[2]
 RECORD = "run.json"
+MANIFEST = "manifest.json"  # of a checkpoint-N: which run made it, of which files (language_model/checkpoints.py)
 PACKAGES = (
     "torch",
     "transformers",
@@ -69,7 +70,7 @@ PACKAGES = (
 CARD, CARD_MARK = "README.md", "<!-- written by MiniOneRec -->"  # the model card, and how it is told from another's
 # What a folder's digest covers: models, tokenizers, templates, tables. Records, figures and logs are left out.
 DIGESTED = {".json", ".safetensors", ".bin", ".model", ".txt", ".yaml", ".npz", ".npy", ".gguf", ".csv", ".jinja"}
-NOT_DIGESTED = {RECORD, "metrics.json", "trainer_state.json", "training_args.bin", "result.json", LOG_FILE}
+NOT_DIGESTED = {RECORD, MANIFEST, "metrics.json", "trainer_state.json", "training_args.bin", "result.json", LOG_FILE}
 
 
 @dataclass
