@@ -42,6 +42,7 @@ from minionerec.decoding.tree_attention import require_tree_attention
 from minionerec.evaluation import metrics
 from minionerec.evaluation.validation import Validation, model_for_search
 from minionerec.language_model.adapters import merged_weights
+from minionerec.language_model.checkpoints import begin_checkpoint, resuming
 
 DRAWN = 1.5  # completions that dynamic sampling draws for each one that it keeps
 MEAN_OVER_ROWS = ("grpo", "sapo", "dr_grpo", "luspo")  # losses of TRL that divide by rows, masked ones included
@@ -415,7 +416,8 @@ class ReReTrainer(GRPOTrainer):
     # ---------------------------------------------------------------------------------------- checkpoints
 
     def _save_checkpoint(self, model, trial):
-        """TRL's. What is ours is written first: a checkpoint counts as complete once the trainer's state is there."""
+        """TRL's. What is ours is written first, so that `on_save` finds all files."""
+        begin_checkpoint(self)
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
         if self._start_ranks is not None and self.args.should_save:
@@ -426,10 +428,18 @@ class ReReTrainer(GRPOTrainer):
             torch.save(self._buffered_inputs, folder / GENERATION.format(process=self.args.process_index))
         super()._save_checkpoint(model, trial)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with resuming(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
+        with resuming(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                self._load_ours(checkpoint)
+
+    def _load_ours(self, checkpoint) -> None:
+        """What `_save_checkpoint` adds to TRL's files."""
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         if (Path(checkpoint) / START).exists():
             self._start_ranks = np.load(Path(checkpoint) / START)

@@ -372,12 +372,12 @@ def plan_steps(options: Options, args, rows: int) -> None:
     )
 
 
-def build_trainer(options: Options, settings, data, protocol: str, rewards: list, prompts, resume: str | None):
-    """The trainer with model, rows, rewards and validation rows."""
+def build_trainer(options: Options, data, protocol: str, rewards: list, prompts, keep):
+    """The trainer with model, rows, rewards and validation rows; `keep` looks after its checkpoints."""
     from datasets import Dataset
 
     from minionerec.language_model.adapters import lora_config, refuse_embeddings
-    from minionerec.language_model.checkpoints import KeepCheckpoints, first_line, load_model, load_tokenizer
+    from minionerec.language_model.checkpoints import first_line, load_model, load_tokenizer
     from minionerec.language_model.console_callback import ConsoleCallback
     from minionerec_trainer import ReReTrainer
 
@@ -398,7 +398,7 @@ def build_trainer(options: Options, settings, data, protocol: str, rewards: list
             train_dataset=rows,
             eval_dataset=rows.select(range(1)),  # TRL wants one; `evaluate` searches the validation rows
             peft_config=adapter,
-            callbacks=[KeepCheckpoints(prompts.path, settings, resume), ConsoleCallback(options, SHOWN)],
+            callbacks=[keep, ConsoleCallback(options, SHOWN)],
             catalog=data.catalog,
             space=options.space,
             beams=options.beam_search,
@@ -452,21 +452,23 @@ def main(options: Options) -> None:
         return
 
     from minionerec.decoding.rollout import start_rollout
-    from minionerec.language_model.checkpoints import remove_checkpoints, resume_point
+    from minionerec.language_model.checkpoints import KeepCheckpoints, remove_checkpoints, resume_point
 
     settings = settings_of(options)
     data, protocol = read_data(options, settings.max_history)
     rewards = read_rewards(options, data.catalog)
     prompts = prompts_of(options, settings)
-    resume = resume_point(options.output_dir, options.resume_from_checkpoint, record.resume)
-    trainer = build_trainer(options, settings, data, protocol, rewards, prompts, resume)
+    given = options.resume_from_checkpoint
+    resume = on_main_process(lambda: resume_point(options.output_dir, given, record))
+    keep = KeepCheckpoints(prompts.path, settings, resume, record.record)
+    trainer = build_trainer(options, data, protocol, rewards, prompts, keep)
     start_rollout(options, trainer)
     trainer.train(resume_from_checkpoint=resume)
     save_best(options, trainer, prompts, settings)
     if trainer.args.process_index == 0:
         model_card.write(record, base_model=options.model_path)
         record.finish()
-        remove_checkpoints(options.output_dir, keep=[options.resume_from_checkpoint])
+        remove_checkpoints(options.output_dir, record.record, keep=[given])
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def read(options: Options):
     return data, headline(data.train)
 
 
-def build_scorer(options: Options, data, protocol: str):
-    """The function from histories to scores: counted, or trained, saved and read back."""
+def build_scorer(options: Options, data, protocol: str, run_id: str):
+    """The function from histories to scores: counted, or trained, saved and read back. run_id: marks the state file."""
     import torch
 
     from minionerec.baselines import counts, training
@@ -71,8 +71,9 @@ def build_scorer(options: Options, data, protocol: str):
             )
         features = None if features is None else torch.from_numpy(features)
         state = Path(options.output_dir) / STATE
+        kept = {"state_file": state, "run_id": run_id}
         fitted = training.fit(
-            options, data.train, data.valid, data.catalog, protocol=protocol, features=features, state_file=state
+            options, data.train, data.valid, data.catalog, protocol=protocol, features=features, **kept
         )
         fitted.model.save(options.output_dir)
         state.unlink(missing_ok=True)
@@ -96,8 +97,6 @@ def main(options: Options) -> None:
     options.require("train_file", "valid_file", "test_file", "info_file", "output_dir")
     path = Path(options.output_dir) / METRICS
     record = runs.begin(options, "baseline", folder=options.output_dir, writes=FILES)
-    if not record.resume:
-        (Path(options.output_dir) / STATE).unlink(missing_ok=True)
     if record.complete:
         return show(read_json(path, "output_dir"))
 
@@ -105,7 +104,7 @@ def main(options: Options) -> None:
     from minionerec.evaluation.metrics import table
 
     data, headline = read(options)
-    score = build_scorer(options, data, headline)
+    score = build_scorer(options, data, headline, record.record["id"])
     test = protocols.by_scores(score, data.test, data.catalog)
     protocols.write_ranks(Path(options.output_dir) / RANKS, test, data.test, data.train, data.catalog.n_items)
     result = {"model": options.model} | protocols.report(test, data.test, data.train, data.catalog, options.seed)

@@ -401,8 +401,9 @@ def main(options: Options) -> None:
 
     # ---- training
     settings = checkpoints.Settings(options.category, options.max_history, options.train_space)
-    resumed_from = checkpoints.resume_point(options.output_dir, options.resume_from_checkpoint, record.resume)
-    keep = checkpoints.KeepCheckpoints(prompts.path, settings, resumed_from)
+    given = options.resume_from_checkpoint
+    resumed_from = on_main_process(lambda: checkpoints.resume_point(options.output_dir, given, record))
+    keep = checkpoints.KeepCheckpoints(prompts.path, settings, resumed_from, record.record)
     trainer = build_trainer(options, args, data, model, tokenizer, lines, order, validation, keep)
     trainer.train(resume_from_checkpoint=resumed_from)
 
@@ -412,7 +413,7 @@ def main(options: Options) -> None:
     if args.process_index == 0:
         model_card.write(record, base_model="" if options.train_from_scratch else options.base_model)
         record.finish()
-        checkpoints.remove_checkpoints(options.output_dir, keep=[options.resume_from_checkpoint])
+        checkpoints.remove_checkpoints(options.output_dir, record.record, keep=[given])
         best = trainer.state
         name = args.metric_for_best_model.removeprefix("eval_")
         say(f"best valid {name} {best.best_metric:.4f}, at step {best.best_global_step}")

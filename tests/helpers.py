@@ -127,6 +127,8 @@ def sft_environment(world, base_model, output, **more) -> dict:
 
 def killed_midway(script: str, environment: dict, output: Path) -> None:
     """Start a launcher, and kill all its processes once it has written a checkpoint."""
+    from minionerec.common.runs import read_record
+
     process = subprocess.Popen(
         ["bash", script],
         cwd=ROOT,
@@ -136,7 +138,7 @@ def killed_midway(script: str, environment: dict, output: Path) -> None:
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 300
-    while not list(output.glob("checkpoint-*/trainer_state.json")):
+    while not any(read_record(path).get("files") for path in output.glob("checkpoint-*/manifest.json")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)

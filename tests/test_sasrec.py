@@ -169,6 +169,42 @@ def test_a_finished_run_is_skipped_and_another_is_refused_or_moved_aside(tmp_pat
         sasrec.main(Options(**flags, model="markov", seed=2))
 
 
+@pytest.mark.parametrize("model", ["popularity", "sasrec"])
+def test_a_state_that_this_run_did_not_write_stays(tmp_path, model):
+    """Whether the run is complete, or is made again because a file is missing."""
+    options = Options(**layout(tmp_path) | (TINY if model == "sasrec" else {}), model=model, device="cpu")
+    sasrec.main(options)
+    foreign = tmp_path / "out" / sasrec.STATE
+    foreign.write_text("mine")
+    sasrec.main(options)
+    assert foreign.read_text() == "mine"
+    (tmp_path / "out" / "config.json").unlink()
+    if model == "popularity":
+        sasrec.main(options)
+    else:
+        with pytest.raises(UserError, match="training.pt: cannot be resumed from"):
+            sasrec.main(options)
+    assert foreign.read_text() == "mine"
+
+
+def test_a_damaged_or_foreign_state_is_one_line(tmp_path, monkeypatch):
+    files, state = layout(tmp_path) | TINY, tmp_path / "out" / sasrec.STATE
+    for folder in ("out", "other"):  # both die after training
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(SequentialModel, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            sasrec.main(Options(**files | {"output_dir": str(tmp_path / folder)}, device="cpu"))
+    whole, other = state.read_bytes(), (tmp_path / "other" / sasrec.STATE).read_bytes()
+    torch.save({"model": {}}, tmp_path / "x.pt")
+    for content in (b"", whole[:1000], b"text", (tmp_path / "x.pt").read_bytes(), other):
+        state.write_bytes(content)
+        with pytest.raises(UserError, match=r"training.pt: cannot be resumed from \(.+\); move it away to train from"):
+            sasrec.main(Options(**files, device="cpu"))
+        assert state.read_bytes() == content
+    state.write_bytes(whole)
+    sasrec.main(Options(**files, device="cpu"))
+    assert not state.exists() and result_of(tmp_path / "out")
+
+
 # ------------------------------------------------------------------------------------------------ flags
 
 

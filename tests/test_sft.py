@@ -281,6 +281,39 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(options, tmp_path
     assert not checkpoints.numbered_checkpoints(folder)
 
 
+def test_a_resume_takes_whole_checkpoints_of_this_run_and_leaves_the_others(options, tmp_path, capsys):
+    sft.main(options("whole"))
+    folder = killed(options("killed"), saves=3)
+    newest = checkpoints.numbered_checkpoints(folder)[-1]
+    for name in ("checkpoint-3", "checkpoint-7"):
+        shutil.copytree(newest, folder / name)
+    (folder / "checkpoint-99999").mkdir()
+    (newest / "optimizer.pt").unlink()
+    sft.main(options("killed"))
+    printed = capsys.readouterr().out
+    assert f"{newest} is not complete (optimizer.pt is missing) and is not used" in printed
+    assert "checkpoint-99999 was not made by this run" in printed
+    assert_equal_weights(tmp_path / "whole", folder)
+    assert [path.name for path in checkpoints.numbered_checkpoints(folder)] == [
+        "checkpoint-3",
+        "checkpoint-7",
+        "checkpoint-99999",
+    ]
+
+
+def test_a_checkpoint_of_a_run_with_other_settings_is_refused(options, tmp_path):
+    given = str(checkpoints.numbered_checkpoints(killed(options("k")))[-1])
+    before = {path: path.read_bytes() for path in (tmp_path / "k").rglob("*") if path.is_file()}
+    for change, message in (({"num_epochs": 1}, "num_epochs is 2 there and 1 now"), ({"use_lora": True}, "use_lora")):
+        with pytest.raises(UserError, match=rf"--resume_from_checkpoint .*: its run was another one \({message}"):
+            sft.main(options(resume_from_checkpoint=given, **change))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "k").rglob("*") if path.is_file()}
+    (Path(given) / "manifest.json").unlink()  # as an earlier version left it, with its record elsewhere
+    (tmp_path / "k" / "run.json").unlink()
+    with pytest.raises(UserError, match="checkpoint-.*: cannot be resumed from"):
+        sft.main(options("other", resume_from_checkpoint=given, train_from_scratch=True, use_lora=True))
+
+
 def test_options_that_do_not_shape_the_result_resume(options, tmp_path, monkeypatch, capsys):
     """Also where their value names a file or folder that changes."""
     monkeypatch.chdir(tmp_path)
@@ -319,7 +352,7 @@ def test_a_run_with_other_settings_keeps_the_checkpoints_of_the_first(options, t
 
 def test_the_checkpoint_that_a_run_was_resumed_from_stays(options):
     folder = killed(options(), saves=1)
-    first = checkpoints.last_checkpoint(folder)
+    first = str(checkpoints.numbered_checkpoints(folder)[-1])
     sft.main(options(resume_from_checkpoint=first))
     assert [str(path) for path in checkpoints.numbered_checkpoints(folder)] == [first]
     assert checkpoints.is_complete(first) and (folder / "model.safetensors").exists()
@@ -413,7 +446,10 @@ def test_sft_under_deepspeed_is_killed_and_resumes(world, base_model, tmp_path, 
 
     run_stage("sft.sh", env=environment("whole"))
     killed_midway("sft.sh", environment("killed"), tmp_path / "killed")
-    assert checkpoints.last_checkpoint(tmp_path / "killed") and not (tmp_path / "killed" / "model.safetensors").exists()
+    assert (
+        checkpoints.numbered_checkpoints(tmp_path / "killed")
+        and not (tmp_path / "killed" / "model.safetensors").exists()
+    )
     run_stage("sft.sh", env=environment("killed"))
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert whole.keys() == resumed.keys()

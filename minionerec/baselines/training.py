@@ -91,11 +91,12 @@ def fit(
     protocol: str = "all",
     features: torch.Tensor | None = None,
     state_file: Path | None = None,
+    run_id: str = "",
 ) -> Fit:
     """Train the model of `options` on whole sequences; keep the epoch with the best valid NDCG@10. Test is not used.
 
     protocol: the headline protocol, in which epochs are scored; state_file: where the state is kept after each epoch; a
-    file that is there is resumed, and gives the result of an unbroken run.
+    file that is there is resumed, and gives the result of an unbroken run. run_id: the file's mark; another is refused.
     """
     if options.loss == "bce" and catalog.n_items <= 2 * options.max_history:
         raise UserError(f"--loss bce: {catalog.n_items} items may all be in one row, so none is negative; use ce")
@@ -116,7 +117,7 @@ def fit(
         f"at most {options.epochs} epochs and {options.time_budget:.0f} s"
     )
 
-    state = State(model, optimizer, state_file)
+    state = State(model, optimizer, state_file, run_id)
     state.load()
     log = state_file and TrainingLog(
         options, state_file.parent, read_log(state_file.parent, state.epoch * len(batches))
@@ -161,8 +162,10 @@ def fit(
 class State:
     """The progress of a training: its best epoch, and in `path`, if given, all that a killed run needs to resume."""
 
-    def __init__(self, model: SequentialModel, optimizer: torch.optim.Optimizer, path: Path | None):
-        self.model, self.optimizer, self.path = model, optimizer, path
+    FIGURES = ("epoch", "seconds", "best", "best_epoch", "best_weights")
+
+    def __init__(self, model: SequentialModel, optimizer: torch.optim.Optimizer, path: Path | None, run_id: str = ""):
+        self.model, self.optimizer, self.path, self.run_id = model, optimizer, path, run_id
         self.epoch, self.seconds = 0, 0.0
         self.best, self.best_epoch, self.best_weights = -1.0, 0, {}
 
@@ -173,21 +176,29 @@ class State:
             weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
             self.best, self.best_epoch, self.best_weights = ndcg, epoch, weights
         if self.path:
-            values = {name: getattr(self, name) for name in ("epoch", "seconds", "best", "best_epoch", "best_weights")}
+            values = {name: getattr(self, name) for name in (*self.FIGURES, "run_id")}
             values |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
             values["random"] = torch.get_rng_state()
             with atomic_file(self.path, "wb") as f:
                 torch.save(values, f)
 
     def load(self) -> None:
-        """Resume from `path`, if it is there."""
+        """Resume from `path`, if it is there. Raises `UserError` for a file that is damaged, or that another run wrote."""
         if not self.path or not self.path.exists():
             return
-        values = torch.load(self.path, map_location="cpu", weights_only=True)
-        self.model.load_state_dict(values.pop("model"))
-        self.optimizer.load_state_dict(values.pop("optimizer"))
-        torch.set_rng_state(values.pop("random"))
-        vars(self).update(values)
+        try:
+            values = torch.load(self.path, map_location="cpu", weights_only=True)
+            if values["run_id"] != self.run_id:
+                raise ValueError("another run wrote it")
+            self.model.load_state_dict(values["model"])
+            self.optimizer.load_state_dict(values["optimizer"])
+            torch.set_rng_state(values["random"])
+            vars(self).update({name: values[name] for name in self.FIGURES})
+        except Exception as error:  # torch raises many kinds for a damaged file
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"{self.path}: cannot be resumed from ({reason}); move it away to train from the start"
+            ) from None
         say(f"resumed after epoch {self.epoch}, from {self.path}")
 
     def out_of_time(self, options: BaselineOptions) -> bool:

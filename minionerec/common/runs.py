@@ -11,7 +11,8 @@ the run begins, so that inputs are recorded as they were then, and again when it
 
 The identity of a run is its stage, its options of role SETTING and the digests of its options of role INPUT
 (`minionerec.common.options`). The record also says, outside the identity: command, options of any role that differ from
-their defaults, code version, commit, package versions, device, time, seconds, and the files that were written.
+their defaults, code version, commit, package versions, device, time, seconds, the files that were written, and a random
+`id`, which every start of the same run keeps: what an unfinished run leaves for its next start is marked with it.
 
     what is found                                    what happens
     no result                                        fresh start
@@ -36,6 +37,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shlex
 import subprocess
 import sys
@@ -53,6 +55,7 @@ from minionerec.common.tracking import LOG_FILE
 
 ROOT = Path(__file__).parents[2]
 RECORD = "run.json"
+MANIFEST = "manifest.json"  # of a checkpoint-N: which run made it, of which files (language_model/checkpoints.py)
 PACKAGES = (
     "torch",
     "transformers",
@@ -68,7 +71,7 @@ PACKAGES = (
 CARD, CARD_MARK = "README.md", "<!-- written by MiniOneRec -->"  # the model card, and how it is told from another's
 # What a folder's digest covers: models, tokenizers, templates, tables. Records, figures and logs are left out.
 DIGESTED = {".json", ".safetensors", ".bin", ".model", ".txt", ".yaml", ".npz", ".npy", ".gguf", ".csv", ".jinja"}
-NOT_DIGESTED = {RECORD, "metrics.json", "trainer_state.json", "training_args.bin", "result.json", LOG_FILE}
+NOT_DIGESTED = {RECORD, MANIFEST, "metrics.json", "trainer_state.json", "training_args.bin", "result.json", LOG_FILE}
 
 
 @dataclass
@@ -156,7 +159,8 @@ def begin(
     identity = identity_of(options, stage, inputs or {})
     found = read_record(path)
     existing, moved = results(folder, writes, files, found, path), []
-    if found and {key: found.get(key) for key in identity} == identity:
+    same = bool(found) and {key: found.get(key) for key in identity} == identity
+    if same:
         missing = [name for name in found.get("outputs", ()) if not (path.parent / name).exists()]
         if found.get("complete") and not missing:
             say(f"{folder or files[0]}: complete with these options, nothing to do")
@@ -177,6 +181,7 @@ def begin(
             note(f"the old result ({reason}) moves to {target_of(moved, folder)}")
     seconds = found.get("seconds_before", 0) if state == "resume" else 0
     new = identity | {
+        "id": (same and found.get("id")) or secrets.token_hex(8),
         "complete": False,
         "command": " ".join(sys.argv),
         "options": changed_options(options),

@@ -25,7 +25,7 @@ from minionerec.common.processes import on_main_process
 from minionerec.decoding.lm_head import LMHead
 from minionerec.language_model.batches import IGNORED, EpochOrder
 from minionerec.language_model.catalog_loss import SidTokens, catalog_loss
-from minionerec.language_model.checkpoints import writing
+from minionerec.language_model.checkpoints import begin_checkpoint, resuming, writing
 from minionerec.language_model.regularization import MovingAverage
 
 
@@ -234,6 +234,7 @@ class SFTTrainer(Trainer):
             )
 
     def _save_checkpoint(self, *args, **kwargs):
+        begin_checkpoint(self)
         with writing(self.args.output_dir):
             if self.average and self.args.should_save:  # first: what is written last completes a checkpoint
                 self.average.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
@@ -241,9 +242,14 @@ class SFTTrainer(Trainer):
                 super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.average:
-            self.average.load(resume_from_checkpoint)
+        with resuming(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.average:
+                self.average.load(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with resuming(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     @contextmanager
     def _averaged(self):

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from minionerec.catalog.sids import SID_TOKEN
-from minionerec.common.console import say
+from minionerec.common.console import note, say
 from minionerec.common.errors import UserError
 from minionerec.common.files import atomic_file
 
@@ -216,9 +216,13 @@ def tokenize_cached(pairs: Sequence[Pair], tokenizer, suffix: str, separator: st
         digest.update(b"\0\0")
     path = Path(cache_dir) / f"{digest.hexdigest()}.npz"
     if path.exists():
-        with np.load(path, allow_pickle=False) as stored:
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                rows = Rows(**stored)
             say(f"{len(pairs):,} rows as tokens from {path}")
-            return Rows(**stored)
+            return rows
+        except Exception as error:  # numpy and zipfile raise many kinds for a file that was cut off
+            note(f"{path} cannot be read ({type(error).__name__}) and is made again")
     rows = tokenize(pairs, tokenizer, suffix, separator)
     with atomic_file(path, "wb") as f:
         np.savez(f, **rows._asdict())

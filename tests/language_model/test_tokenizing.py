@@ -151,6 +151,18 @@ def test_cached_rows_are_read_and_another_tokenizer_misses(pairs, base_model, tm
     assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.parametrize("keep", [0, 40, -1])
+def test_a_cache_that_was_cut_off_is_made_again(pairs, base_model, tmp_path, capsys, keep):
+    tokenizer = load_tokenizer(base_model, "x")
+    first = tokenize_cached(pairs, tokenizer, "", "; ", tmp_path)
+    [file] = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:keep])
+    again = tokenize_cached(pairs, tokenizer, "", "; ", tmp_path)
+    assert f"{file} cannot be read" in capsys.readouterr().out
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True)) and file.read_bytes() == whole
+
+
 def test_a_long_prompt_loses_its_beginning():
     rows = rows_of([5, 3, 9]).trimmed(4)
     assert [row(rows, i) for i in range(3)] == [[1, 2, 3, 4], [5, 6, 7], [13, 14, 15, 16]]
