@@ -9,7 +9,9 @@ import csv
 import gzip
 import io
 import sys
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,10 +44,7 @@ def require_text(path: str | Path, flag: str) -> Path:
     if path.is_dir():
         raise UserError(f"{path}: found a folder, expected a file; check --{flag}")
     with open_binary(path) as f:
-        try:
-            start = f.read(4096)
-        except (OSError, EOFError, gzip.zlib.error):
-            raise UserError(f"{path}: found a broken gzip file; download it again or check --{flag}") from None
+        start = f.read(4096)
     if not start.strip():
         raise UserError(f"{path}: the file is empty, expected records; check --{flag}")
     if start.startswith((b"\xff\xfe", b"\xfe\xff", b"PK\x03\x04", b"PAR1")) or b"\0" in start:
@@ -53,11 +52,17 @@ def require_text(path: str | Path, flag: str) -> Path:
     return path
 
 
-def open_binary(path: Path):
-    """The bytes of a file, those in it if it is gzip."""
+@contextmanager
+def open_binary(path: Path) -> Iterator:
+    """The bytes of a file, those in it if it is gzip. Raises `UserError` where the gzip file is cut off or damaged."""
     with open(path, "rb") as f:
         packed = f.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if packed else open(path, "rb")
+    try:
+        with gzip.open(path, "rb") if packed else open(path, "rb") as f:
+            yield f
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        reason = str(error).rstrip(".")
+        raise UserError(f"{path}: found a broken gzip file ({reason}); download it again") from None
 
 
 def lines(path: Path, flag: str, encoding: str = "utf-8", errors: str = "strict") -> Iterator[tuple[int, str]]:
@@ -78,8 +83,6 @@ def lines(path: Path, flag: str, encoding: str = "utf-8", errors: str = "strict"
                 f"{path}, line {number}: found the byte 0x{error.object[error.start]:02x}, which is not UTF-8 there; "
                 "save the file as UTF-8"
             ) from None
-        except (EOFError, gzip.BadGzipFile, gzip.zlib.error):
-            raise UserError(f"{path}: the gzip file ends after line {number}; download it again") from None
 
 
 # ------------------------------------------------------------------------------------------------ delimited files
@@ -234,6 +237,9 @@ def _number_type(lazy: pl.LazyFrame, column: str) -> pl.DataType:
 
 def _reason(path: Path, separator: str, quote_char: str | None, error: Exception) -> str:
     """The first row that breaks the rules of the file, in words; else polars' own words."""
+    with open_binary(path) as f:  # whole, since a broken gzip file is the cause of the rows that it breaks
+        while f.read(1 << 24):
+            pass
     quoting = csv.QUOTE_MINIMAL if quote_char else csv.QUOTE_NONE
     limit, row, width = csv.field_size_limit(sys.maxsize), 0, 0
     try:

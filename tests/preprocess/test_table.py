@@ -156,7 +156,15 @@ def test_item_tables(tmp_path, name):
     assert items["0"] == {"title": "A", "description": "", "brand": "", "categories": "p, q"}
 
 
+def flipped(data: bytes, place: int) -> bytes:
+    """`data` with the bits of one byte inverted."""
+    changed = bytearray(data)
+    changed[place] ^= 0xFF
+    return bytes(changed)
+
+
 GOOD = csv_of()
+PACKED = gzip.compress(csv_of([(f"u{i * i % 997}", f"i{i * 7 % 401}", 10**9 + i) for i in range(20_000)]).encode())
 BAD = {
     "an empty file": (b"", {}, "t.csv: the file is empty"),
     "no such column": (GOOD, {"time_column": "when"}, "t.csv: no column 'when', found ['user_id', 'item_id', 'timestamp']; check --time_column"),
@@ -171,7 +179,11 @@ BAD = {
     "a time after 2100": (GOOD + "a,b,99999999999\n", {"time_unit": "s"}, "found '99999999999', expected a time stamp in s"),
     "a negative time": (GOOD + "a,b,-5\n", {"time_unit": "s"}, "found '-5', expected a time stamp in s"),
     "latin-1": (GOOD.encode() + b"\xe9,b,1\n", {}, "t.csv, line 8: found the byte 0xe9"),
-    "half a gzip file": (gzip.compress(GOOD.encode())[:20], {}, "t.csv: found a broken gzip file"),
+    "20 bytes of a gzip file": (gzip.compress(GOOD.encode())[:20], {}, "t.csv: found a broken gzip file"),
+    "half a gzip file": (PACKED[: len(PACKED) // 2], {}, "t.csv: found a broken gzip file (Compressed file ended"),
+    "a gzip file with another checksum": (flipped(PACKED, -6), {}, "t.csv: found a broken gzip file (CRC check failed"),
+    "a gzip file with another length": (flipped(PACKED, -1), {}, "t.csv: found a broken gzip file (Incorrect length"),
+    "a gzip file with a damaged block": (flipped(PACKED, len(PACKED) // 2), {}, "t.csv: found a broken gzip file ("),
     "an open quote": (GOOD + 'a,"b,1\n', {}, "t.csv, row 8"),
     "half a parquet file": (b"PAR1xxxx", {}, "not readable as parquet"),
     "no ratings": (GOOD, {"min_rating": 3.0}, "t.csv: no column 'rating'"),
