@@ -79,6 +79,13 @@ class StageOptions:
             if not holds:
                 raise UserError(f"--{name} {getattr(self, name)}: expected {expected}")
 
+    def plain_names(self, *names: str) -> None:
+        """Raise `UserError` for the first of the options `names` that cannot be part of a file name."""
+        for name in names:
+            value = getattr(self, name)
+            expected = "a plain name, without slashes, tabs and line ends, which becomes part of file names"
+            self.check(**{name: (not {*value} & {*"/\t\r\n\0"}, expected)})
+
     def at_least(self, least: float, *names: str) -> None:
         """Raise `UserError` for the first of the options `names` below `least`."""
         self.check(**{name: (getattr(self, name) >= least, f"at least {least}") for name in names})

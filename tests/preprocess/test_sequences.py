@@ -128,7 +128,7 @@ def test_faults_below_the_limit_are_counted(tmp_path, capsys):
         ({"max_bad": 2.0}, "--max_bad 2.0: expected 0 to 1"),
         ({"valid_from": "2016"}, "--test_from : expected both"),
         ({"valid_from": "2016", "test_from": "2017"}, "--split leave_one_out: expected time"),
-        ({"dataset_name": "a/b"}, "--dataset_name a/b: expected a name without a slash"),
+        ({"dataset_name": "a/b"}, "--dataset_name a/b: expected a plain name, without slashes"),
     ],
 )
 def test_options(tmp_path, changes, found):
