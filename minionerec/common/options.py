@@ -38,6 +38,7 @@ from minionerec.common.files import require_file
 from minionerec.common.processes import end_with_launcher, leave_group, report_error
 
 SETTING, INPUT, OUTPUT, RUNTIME = "setting", "input", "output", "runtime"
+MOST = 2**31 - 1  # the largest integer of an option; libraries hold such numbers in 32 bits
 WITHDRAWALS: list[Callable[[], None]] = []  # undo what a refused start has written; `minionerec.common.runs` adds to it
 
 
@@ -70,6 +71,8 @@ class StageOptions:
             numbers = value if isinstance(value, list) else [value]
             if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
                 raise UserError(f"--{field.name} {value}: expected a finite number")
+            if field.name != "seed" and any(isinstance(number, int) and abs(number) > MOST for number in numbers):
+                raise UserError(f"--{field.name} {value}: expected at most {MOST}")
         if not 0 <= getattr(self, "seed", 0) < 2**32:
             raise UserError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
 

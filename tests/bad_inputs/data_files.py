@@ -70,6 +70,7 @@ def json_cases(stage: str, path: str, wrong_value: str) -> list[Case]:
 PREPROCESS = [
     option_case("preprocess", "--max_history 0: expected at least 1", max_history=0),
     option_case("preprocess", "invalid int value", max_history="1.5"),
+    option_case("preprocess", "--max_history 9223372036854775808: expected at most 2147483647", max_history=2**63),
     option_case("preprocess", "--output_dir is required", output_dir=None),
     option_case("preprocess", "nowhere/ml-100k.inter: no such file", input_dir="nowhere"),
     option_case("preprocess", "unknown option --sample", sample=1),
@@ -90,6 +91,7 @@ PREPROCESS = [
 
 CONVERT = [
     option_case("convert_dataset", "--max_history -3: expected at least 1", max_history=-3),
+    option_case("convert_dataset", "--max_history 99999999999999999999: expected at most 2147483647", max_history="9" * 20),
     option_case("convert_dataset", "--dataset_name is required", dataset_name=None),
     option_case("convert_dataset", "other.item.json: no such file or folder; check --data_dir", dataset_name="other"),
     option_case("convert_dataset", "nowhere/train: found 0 files *.csv, expected one", csv_dir="nowhere"),
