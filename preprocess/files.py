@@ -12,20 +12,23 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import polars as pl
 
+from minionerec.common.console import say
 from minionerec.common.errors import UserError
 from minionerec.common.files import require_file
 from preprocess.dataset import UNITS, Faults, unit_of
 
-LATEST = 4_102_444_800  # seconds: the year 2100
+EARLIEST, LATEST = 1, 4_102_444_799  # seconds: after the start of 1970, which often stands for no time, before 2100
 DATES = (
     "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M", "%Y-%m-%d",
     "%Y/%m/%d %H:%M:%S", "%Y/%m/%d",
 )  # fmt: skip
+DIGITS = r"^(?:19[7-9]\d|20\d\d)(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:(?:[01]\d|2[0-3])(?:[0-5]\d){0,2})?$"
 ZONED = "%+"  # with Z or an offset: 2016-10-31T12:00:00Z, 2016-10-31T12:00:00+01:00
 
 
@@ -112,13 +115,13 @@ def read_log(
     quote_char: str | None = '"',
     header: list[str] | None = None,
     unit: str = "",
-    earliest: int = 0,
+    earliest: int = EARLIEST,
 ) -> tuple[pl.DataFrame, str]:
     """(log, unit of its times): columns user, item (Categorical), time and rating of a delimited file, in file order.
 
-    unit: of the times; empty: detected from their form and size; "date": texts like 2016-10-31. earliest: seconds; where the
-    unit is one of time, other times must be later than that and before 2100. header: names of the columns of a file without a header.
-    Without a time column all times are 0.
+    unit: of the times; empty: detected from their form and size; "date": texts like 2016-10-31 or numbers like 20161031.
+    earliest: seconds; unless they only order, times must not be before that, and before 2100. header: names of the columns of a
+    file without a header. Without a time column all times are 0.
     """
     lazy = scan_delimited(path, flag, separator, quote_char, header)
     require_columns(lazy, columns, path, flag)
@@ -155,7 +158,7 @@ def usable(
     faults: Faults,
     cell: Callable[[int, str], str],
     unit: str,
-    earliest: int = 0,
+    earliest: int = EARLIEST,
     blank: pl.Expr | None = None,
 ) -> tuple[pl.DataFrame, str]:
     """(log, unit of its times): the usable rows of a lazy frame; the others are added to `faults`.
@@ -163,8 +166,10 @@ def usable(
     cell(row, column) says where a cell is and what it holds. blank: rows that are no records.
     """
     blank = pl.lit(False) if blank is None else blank
-    dates = unit == "date" or (not unit and _are_dates(lazy, columns.time))
-    unit = "date" if dates else unit
+    if digits := unit in ("", "date") and are_digits(lazy, columns.time):
+        say(f"the times of column {columns.time} are read as dates: 20161031 is 2016-10-31")
+    dates = unit == "date" or digits or (not unit and _are_dates(lazy, columns.time))
+    unit = "digits" if digits else "date" if dates else unit
     chosen = _expressions(lazy, columns, unit)
     table = lazy.select(*chosen, blank=blank).collect(engine="streaming")
     blank = table["blank"]
@@ -186,7 +191,8 @@ def usable(
         if name == "time" and columns.time:
             expected = f"a time stamp in {unit}" if unit in UNITS else "a number or a date like 2016-10-31"
             expected = "a date like 2016-10-31 or 2016-10-31T12:00:00" if dates else expected
-            if unit in UNITS and earliest:
+            if unit in UNITS:
+                expected += f", {datetime.fromtimestamp(earliest, UTC).year} to 2099"
                 wrong |= ~table["time"].is_between(earliest * UNITS[unit], LATEST * UNITS[unit]).fill_null(False)
         wrong &= ~bad
         if count := int(wrong.sum()):
@@ -210,6 +216,9 @@ def _expressions(lazy: pl.LazyFrame, columns: Columns, unit: str) -> list[pl.Exp
         chosen.append(pl.lit(0, pl.Int64).alias("time"))
     elif schema[columns.time].is_temporal():
         chosen.append(time.cast(pl.Datetime("us")).to_physical().alias("time"))
+    elif unit == "digits":
+        text = _whole(time).str.pad_end(14, "0")
+        chosen.append(text.str.strptime(pl.Datetime("us"), "%Y%m%d%H%M%S", strict=False).to_physical().alias("time"))
     elif unit == "date":
         texts = [time.str.strptime(pl.Datetime("us"), form, strict=False) for form in DATES]
         texts.append(time.str.strptime(pl.Datetime("us", "UTC"), ZONED, strict=False).dt.replace_time_zone(None))
@@ -227,6 +236,19 @@ def _are_dates(lazy: pl.LazyFrame, column: str) -> bool:
         return False
     first = lazy.select(column).drop_nulls().head(1).collect()
     return bool(first[column].str.contains(r"^\d{4}[-/]\d\d?[-/]\d").any())
+
+
+def are_digits(lazy: pl.LazyFrame, column: str) -> bool:
+    """Whether nine of ten of the first times are dates without separators: 20161031, 2016103112, 20161031120000."""
+    if not column or lazy.collect_schema()[column].is_temporal():
+        return False
+    first = lazy.select(_whole(pl.col(column))).drop_nulls().head(1000).collect().to_series()
+    return (first.str.contains(DIGITS).mean() or 0) > 0.9
+
+
+def _whole(number: pl.Expr) -> pl.Expr:
+    """A number, or a text of one, as the text of a whole number."""
+    return number.cast(pl.Float64, strict=False).cast(pl.Int64, strict=False).cast(pl.String)
 
 
 def _number_type(lazy: pl.LazyFrame, column: str) -> pl.DataType:

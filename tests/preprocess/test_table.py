@@ -77,6 +77,11 @@ def test_a_semicolon_is_found_in_the_first_line(tmp_path, name):
         ("2024-03-{:02}T12:00", "2024-03-10T12:00:00"),
         ("2024-03-{:02}T12:00:00Z", "2024-03-10T12:00:00"),
         ("2024-03-{:02} 12:00:00.5+01:00", "2024-03-10T11:00:00.5"),
+        ("202403{:02}", "2024-03-10T00:00:00"),
+        ("202403{:02}.0", "2024-03-10T00:00:00"),
+        ("202403{:02}11", "2024-03-10T11:00:00"),
+        ("202403{:02}1130", "2024-03-10T11:30:00"),
+        ("202403{:02}113015", "2024-03-10T11:30:15"),
     ],
 )
 def test_dates_are_told_by_their_form(tmp_path, form, first, time_unit):
@@ -84,6 +89,18 @@ def test_dates_are_told_by_their_form(tmp_path, form, first, time_unit):
     main(options(tmp_path / "t.csv", tmp_path, time_unit=time_unit))
     time = stats(tmp_path)["time"]
     assert inter(tmp_path) == EXPECTED and time["unit"] == "us" and time["first"].startswith(first)
+
+
+@pytest.mark.parametrize("time_unit", ["auto", "date"])
+def test_dates_written_as_numbers(tmp_path, capsys, time_unit):
+    rows = [(user, item, 20161000113015 + time * 10**6) for user, item, time in ROWS]
+    rows += [(user, "w", 20170101000000) for user in ("ann", "bob")]
+    pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row").write_parquet(tmp_path / "t.parquet")
+    main(options(tmp_path / "t.parquet", tmp_path, time_unit=time_unit, time_column="none"))
+    assert stats(tmp_path)["time"]["unit"] == ""
+    main(options(tmp_path / "t.parquet", tmp_path, time_unit=time_unit, to_time="2017", overwrite=True))
+    assert inter(tmp_path) == EXPECTED and stats(tmp_path)["time"]["last"] == "2016-10-30T11:30:15+00:00"
+    assert "the times of column timestamp are read as dates: 20161031 is 2016-10-31" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("unit", [*UNITS, "date", "parquet dates"])
@@ -164,6 +181,8 @@ def flipped(data: bytes, place: int) -> bytes:
 
 
 GOOD = csv_of()
+LATER = csv_of([(user, item, 10**9 + time) for user, item, time in ROWS])
+DATED = csv_of([(user, item, f"2016-10-{time:02}") for user, item, time in ROWS])
 PACKED = gzip.compress(csv_of([(f"u{i * i % 997}", f"i{i * 7 % 401}", 10**9 + i) for i in range(20_000)]).encode())
 BAD = {
     "an empty file": (b"", {}, "t.csv: the file is empty"),
@@ -177,6 +196,12 @@ BAD = {
     "an endless time": (GOOD + "a,b,inf\n", {}, "row 8, column timestamp: found 'inf'"),
     "no date": (csv_of([("a", "b", "2016-02-30")]), {"time_unit": "date"}, "row 2, column timestamp: found '2016-02-30', expected a date like"),
     "a time after 2100": (GOOD + "a,b,99999999999\n", {"time_unit": "s"}, "found '99999999999', expected a time stamp in s"),
+    "a detected time after 2100": (LATER + "a,b,99999999999\n", {}, "row 8, column timestamp: found '99999999999', expected a time stamp in s, 1970 to 2099"),
+    "a detected time of zero": (LATER + "a,b,0\n", {}, "row 8, column timestamp: found '0', expected a time stamp in s, 1970 to 2099"),
+    "one date among time stamps": (LATER + "a,b,20160101120000\n", {}, "row 8, column timestamp: found '20160101120000', expected a time stamp in s"),
+    "the last day of all": (DATED + "a,b,9999-12-31\n", {"time_unit": "date"}, "row 8, column timestamp: found '9999-12-31', expected a date like 2016-10-31 or 2016-10-31T12:00:00, 1970 to 2099"),
+    "a day before time stamps": (DATED + "a,b,1066-10-14\n", {}, "row 8, column timestamp: found '1066-10-14'"),
+    "no 30th of February": (DATED.replace("-", "") + "a,b,20160230\n", {}, "row 8, column timestamp: found '20160230', expected a date like"),
     "a negative time": (GOOD + "a,b,-5\n", {"time_unit": "s"}, "found '-5', expected a time stamp in s"),
     "latin-1": (GOOD.encode() + b"\xe9,b,1\n", {}, "t.csv, line 8: found the byte 0xe9"),
     "20 bytes of a gzip file": (gzip.compress(GOOD.encode())[:20], {}, "t.csv: found a broken gzip file"),
