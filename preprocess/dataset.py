@@ -353,4 +353,4 @@ def _write_items(path: Path, texts: pl.DataFrame) -> None:
 def _write_ids(path: Path, names: Sequence[str]) -> None:
     table = pl.DataFrame({"original": names}).with_row_index("number").select("original", "number")
     with atomic_file(path, "wb") as f:
-        table.write_csv(f, separator="\t", include_header=False)
+        table.write_csv(f, separator="\t", include_header=False, quote_style="never")

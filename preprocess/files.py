@@ -29,6 +29,7 @@ DATES = (
     "%Y/%m/%d %H:%M:%S", "%Y/%m/%d",
 )  # fmt: skip
 DIGITS = r"^(?:19[7-9]\d|20\d\d)(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:(?:[01]\d|2[0-3])(?:[0-5]\d){0,2})?$"
+BREAKS = "[\t\r\n]"  # what ids must not have: `<D>.user2id` and `<D>.item2id` hold `id <tab> number` lines
 ZONED = "%+"  # with Z or an offset: 2016-10-31T12:00:00Z, 2016-10-31T12:00:00+01:00
 
 
@@ -186,6 +187,9 @@ def usable(
         if name not in table.columns:
             continue
         wrong = table[name].is_null()
+        if expected == "an id" and table[name].unique().cast(pl.String).str.contains(BREAKS).any():
+            wrong |= table[name].cast(pl.String).str.contains(BREAKS).fill_null(False)
+            expected = "an id without tabs and line ends"
         if name in ("time", "rating") and table[name].dtype == pl.Float64:
             wrong |= ~table[name].is_finite().fill_null(False)
         if name == "time" and columns.time:

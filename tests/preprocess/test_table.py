@@ -58,6 +58,15 @@ def test_named_columns_and_separators(tmp_path):
     assert inter(tmp_path) == EXPECTED
 
 
+def test_ids_are_written_as_they_are(tmp_path):
+    names = {"x": '15" screen 1', "y": '"', "z": "a, b"}
+    rows = [(user, '"' + names[item].replace('"', '""') + '"', time) for user, item, time in ROWS]
+    (tmp_path / "t.csv").write_text(csv_of(rows))
+    main(options(tmp_path / "t.csv", tmp_path))
+    lines = (tmp_path / "out" / "t.item2id").read_text().splitlines()
+    assert [line.split("\t") for line in lines] == [['"', "0"], ['15" screen 1', "1"], ["a, b", "2"]]
+
+
 @pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
 def test_a_semicolon_is_found_in_the_first_line(tmp_path, name):
     data = csv_of([(f"{user},1", *row) for user, *row in ROWS], separator=";").encode()
@@ -191,6 +200,8 @@ BAD = {
     "German dates": (csv_of([("a", "b", "01.03.2024")]), {}, "found '01.03.2024', expected a number or a date like 2016-10-31 ("),
     "a cell too many": (GOOD + "a,b,1,2\n", {}, "t.csv, row 8: found 4 cells, expected 3"),
     "no item": (GOOD + "a,,1\n", {}, "t.csv, row 8, column item_id: found '', expected an id (1 of 7 records"),
+    "a user with a tab": (GOOD + '"a\tb",x,1\n', {}, "t.csv, row 8, column user_id: found 'a\\tb', expected an id without tabs and line ends (1 of 7"),
+    "an item of two lines": (GOOD + 'a,"x\ny",1\n', {}, "t.csv, row 8, column item_id: found 'x\\ny', expected an id without tabs"),
     "no time": (GOOD + "a,b\n", {}, "t.csv, row 8, column timestamp: found ''"),
     "a word as time": (GOOD + "a,b,noon\n", {}, "row 8, column timestamp: found 'noon', expected a number"),
     "an endless time": (GOOD + "a,b,inf\n", {}, "row 8, column timestamp: found 'inf'"),
