@@ -51,6 +51,8 @@ def require_text(path: str | Path, flag: str) -> Path:
         start = f.read(4096)
     if not start.strip():
         raise UserError(f"{path}: the file is empty, expected records; check --{flag}")
+    if b"\r" in start[:-1] and b"\n" not in start:
+        raise UserError(f"{path}: found line ends CR, expected LF or CR LF; save the file with those")
     if start.startswith((b"\xff\xfe", b"\xfe\xff", b"PK\x03\x04", b"PAR1")) or b"\0" in start:
         raise UserError(f"{path}: found UTF-16 or binary data, expected UTF-8 text; check --{flag}")
     return path
@@ -80,8 +82,12 @@ def lines(path: Path, flag: str, encoding: str = "utf-8", errors: str = "strict"
             for number, line in enumerate(f, start=1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
+                line = line.rstrip(b"\r\n")
+                if errors == "strict" and b"\r" in line:
+                    place = f"{path}, line {number}: found a carriage return inside the line"
+                    raise UserError(f"{place}; save the file with line ends LF or CR LF")
                 if line.strip():
-                    yield number, line.decode(encoding, errors).rstrip("\r\n")
+                    yield number, line.decode(encoding, errors)
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{path}, line {number}: found the byte 0x{error.object[error.start]:02x}, which is not UTF-8 there; "
@@ -103,7 +109,19 @@ def scan_delimited(path: Path, flag: str, separator: str, quote_char: str | None
         raise UserError(f"{path}: {_reason(path, separator, quote_char, error)}") from None
     if twice := [name for name in found if f"{name}_duplicated_0" in found]:
         raise UserError(f"{path}: column {twice[0]!r} is there twice; remove one")
-    return lazy if header else lazy.rename({name: name.split(":")[0].strip("\ufeff") for name in found})
+    return lazy if header else lazy.rename(short_names(found, path))
+
+
+def short_names(columns: list[str], path: Path) -> dict[str, str]:
+    """RecBole's `name:type` -> `name`. Raises `UserError` where two columns have one name."""
+    names = {column: column.split(":")[0].strip("\ufeff") for column in columns}
+    for name in names.values():
+        same = [other for other in columns if names[other] == name]
+        if len(same) > 1:
+            raise UserError(
+                f"{path}: found the columns {same[:5]}, expected names that differ before the colon; rename one"
+            )
+    return names
 
 
 def read_log(

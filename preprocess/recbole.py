@@ -60,9 +60,10 @@ def read_items(path: Path, options: Options):
     import polars as pl
 
     from minionerec.common.tables import read_csv, refuse_rows
+    from preprocess.files import short_names
 
     table = read_csv(path, "input_dir", separator="\t", quote_char=None)
-    table = table.rename({column: column.split(":")[0] for column in table.columns})
+    table = table.rename(short_names(table.columns, path))
     item = options.item_column
     if item not in table.columns:
         raise UserError(f"{path}: no column {item!r}, found {table.columns[1:]}; check --item_column")

@@ -55,6 +55,14 @@ def test_named_columns_and_ratings(tmp_path):
         ({"item": "item_id:token\tx:token\na\tb\n"}, "shop.item: no column of titles"),
         ({"item": ITEM + "a\tA\t\t\n"}, "row 5, column item_id: found 'a', expected each item once"),
         ({"item": ITEM.replace("c\tC", "d\tC")}, "1 interactions are of items without a title, the first of item c"),
+        (
+            {"inter": INTER.replace("rating:float", "user_id:float")},
+            "shop.inter: found the columns ['user_id:token', 'user_id:float'], expected names",
+        ),
+        (
+            {"item": ITEM.replace("brand:token", "title:token")},
+            "shop.item: found the columns ['title:token_seq', 'title:token']",
+        ),
         ({"inter": INTER + "u\ta\t5\n"}, "row 6, column timestamp: found ''"),
         ({"inter": INTER + "u\ta\t5\t1\t1\n"}, "row 6: found 5 cells, expected 4"),
     ],

@@ -224,6 +224,8 @@ BAD = {
     "half a parquet file": (b"PAR1xxxx", {}, "not readable as parquet"),
     "no ratings": (GOOD, {"min_rating": 3.0}, "t.csv: no column 'rating'"),
     "what looks like zlib": (b"x\x01,item_id,timestamp\n", {}, "t.csv: the table cannot be read"),
+    "line ends CR": (GOOD.replace("\n", "\r"), {}, "t.csv: found line ends CR, expected LF or CR LF; save"),
+    "one name before the colon": ("event:user,event:item,timestamp\na,b,1\n", {}, "t.csv: found the columns ['event:user', 'event:item'], expected names that differ"),
     "a column twice": ("user_id,item_id,timestamp,timestamp\na,b,1,2\n", {}, "t.csv"),
 }  # fmt: skip
 
