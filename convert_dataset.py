@@ -50,6 +50,7 @@ class Options(StageOptions):
     def __post_init__(self):
         super().__post_init__()
         self.at_least(1, "max_history")
+        self.plain_names("dataset_name")
 
 
 def read_inter(path: str | Path, n_items: int) -> Iterator:

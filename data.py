@@ -319,7 +319,7 @@ def parse_rl_tasks(text: str) -> dict[str, int | None]:
         name, _, cap = part.partition(":")
         if name not in RL_TASKS or name in caps:
             raise UserError(f"--rl_tasks {text}: found {name!r}, expected some of {', '.join(RL_TASKS)}, each once")
-        if cap and not (cap.isdecimal() and int(cap) > 0):
+        if cap and not (cap.isdecimal() and len(cap) < 10 and int(cap) > 0):
             raise UserError(f"--rl_tasks {text}: {cap!r} is no number of rows, expected one as in {name}:1000")
         caps[name] = int(cap) if cap else None
     if not caps:

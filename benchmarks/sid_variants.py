@@ -67,11 +67,9 @@ def make(options: Options, name: str) -> None:
     elif kind == "permuted":
         codes = read_codes(Path(options.output_dir) / f"fused{levels}" / "D.index.json", "output_dir")
         write_index(index, codes[rng.permutation(n_items)])
-    elif kind == "random":
+    else:
         codes = np.unique(rng.integers(options.k, size=(4 * n_items, levels)), axis=0)
         write_index(index, rng.permutation(codes)[:n_items])
-    else:
-        raise UserError(f"--variants {options.variants}: no variant {name}, expected some of {VARIANTS}")
     call(
         "convert_dataset", dataset_name="D", data_dir=folder, csv_dir=options.dataset_dir, output_dir=folder,
         max_history=20,
@@ -83,8 +81,9 @@ def main(options: Options) -> None:
         if not getattr(options, name):
             raise UserError(f"--{name} is required")
     for name in options.variants.split(","):
-        if not name[-1:].isdecimal():
+        if name[:-1] not in (*WEIGHTS, "permuted", "random") or name[-1] not in "123456789":
             raise UserError(f"--variants {options.variants}: no variant {name!r}, expected some of {VARIANTS}")
+    for name in options.variants.split(","):
         make(options, name)
 
 

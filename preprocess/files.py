@@ -9,21 +9,27 @@ import csv
 import gzip
 import io
 import sys
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import polars as pl
 
+from minionerec.common.console import say
 from minionerec.common.errors import UserError
 from minionerec.common.files import require_file
 from preprocess.dataset import UNITS, Faults, unit_of
 
-LATEST = 4_102_444_800  # seconds: the year 2100
+EARLIEST, LATEST = 1, 4_102_444_799  # seconds: after the start of 1970, which often stands for no time, before 2100
 DATES = (
     "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M", "%Y-%m-%d",
     "%Y/%m/%d %H:%M:%S", "%Y/%m/%d",
 )  # fmt: skip
+DIGITS = r"^(?:19[7-9]\d|20\d\d)(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:(?:[01]\d|2[0-3])(?:[0-5]\d){0,2})?$"
+BREAKS = "[\t\r\n]"  # what ids must not have: `<D>.user2id` and `<D>.item2id` hold `id <tab> number` lines
 ZONED = "%+"  # with Z or an offset: 2016-10-31T12:00:00Z, 2016-10-31T12:00:00+01:00
 
 
@@ -42,22 +48,27 @@ def require_text(path: str | Path, flag: str) -> Path:
     if path.is_dir():
         raise UserError(f"{path}: found a folder, expected a file; check --{flag}")
     with open_binary(path) as f:
-        try:
-            start = f.read(4096)
-        except (OSError, EOFError, gzip.zlib.error):
-            raise UserError(f"{path}: found a broken gzip file; download it again or check --{flag}") from None
+        start = f.read(4096)
     if not start.strip():
         raise UserError(f"{path}: the file is empty, expected records; check --{flag}")
+    if b"\r" in start[:-1] and b"\n" not in start:
+        raise UserError(f"{path}: found line ends CR, expected LF or CR LF; save the file with those")
     if start.startswith((b"\xff\xfe", b"\xfe\xff", b"PK\x03\x04", b"PAR1")) or b"\0" in start:
         raise UserError(f"{path}: found UTF-16 or binary data, expected UTF-8 text; check --{flag}")
     return path
 
 
-def open_binary(path: Path):
-    """The bytes of a file, those in it if it is gzip."""
+@contextmanager
+def open_binary(path: Path) -> Iterator:
+    """The bytes of a file, those in it if it is gzip. Raises `UserError` where the gzip file is cut off or damaged."""
     with open(path, "rb") as f:
         packed = f.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if packed else open(path, "rb")
+    try:
+        with gzip.open(path, "rb") if packed else open(path, "rb") as f:
+            yield f
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        reason = str(error).rstrip(".")
+        raise UserError(f"{path}: found a broken gzip file ({reason}); download it again") from None
 
 
 def lines(path: Path, flag: str, encoding: str = "utf-8", errors: str = "strict") -> Iterator[tuple[int, str]]:
@@ -71,15 +82,17 @@ def lines(path: Path, flag: str, encoding: str = "utf-8", errors: str = "strict"
             for number, line in enumerate(f, start=1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
+                line = line.rstrip(b"\r\n")
+                if errors == "strict" and b"\r" in line:
+                    place = f"{path}, line {number}: found a carriage return inside the line"
+                    raise UserError(f"{place}; save the file with line ends LF or CR LF")
                 if line.strip():
-                    yield number, line.decode(encoding, errors).rstrip("\r\n")
+                    yield number, line.decode(encoding, errors)
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{path}, line {number}: found the byte 0x{error.object[error.start]:02x}, which is not UTF-8 there; "
                 "save the file as UTF-8"
             ) from None
-        except (EOFError, gzip.BadGzipFile, gzip.zlib.error):
-            raise UserError(f"{path}: the gzip file ends after line {number}; download it again") from None
 
 
 # ------------------------------------------------------------------------------------------------ delimited files
@@ -96,7 +109,19 @@ def scan_delimited(path: Path, flag: str, separator: str, quote_char: str | None
         raise UserError(f"{path}: {_reason(path, separator, quote_char, error)}") from None
     if twice := [name for name in found if f"{name}_duplicated_0" in found]:
         raise UserError(f"{path}: column {twice[0]!r} is there twice; remove one")
-    return lazy if header else lazy.rename({name: name.split(":")[0].strip("\ufeff") for name in found})
+    return lazy if header else lazy.rename(short_names(found, path))
+
+
+def short_names(columns: list[str], path: Path) -> dict[str, str]:
+    """RecBole's `name:type` -> `name`. Raises `UserError` where two columns have one name."""
+    names = {column: column.split(":")[0].strip("\ufeff") for column in columns}
+    for name in names.values():
+        same = [other for other in columns if names[other] == name]
+        if len(same) > 1:
+            raise UserError(
+                f"{path}: found the columns {same[:5]}, expected names that differ before the colon; rename one"
+            )
+    return names
 
 
 def read_log(
@@ -109,13 +134,13 @@ def read_log(
     quote_char: str | None = '"',
     header: list[str] | None = None,
     unit: str = "",
-    earliest: int = 0,
+    earliest: int = EARLIEST,
 ) -> tuple[pl.DataFrame, str]:
     """(log, unit of its times): columns user, item (Categorical), time and rating of a delimited file, in file order.
 
-    unit: of the times; empty: detected from their form and size; "date": texts like 2016-10-31. earliest: seconds; where the
-    unit is one of time, other times must be later than that and before 2100. header: names of the columns of a file without a header.
-    Without a time column all times are 0.
+    unit: of the times; empty: detected from their form and size; "date": texts like 2016-10-31 or numbers like 20161031.
+    earliest: seconds; unless they only order, times must not be before that, and before 2100. header: names of the columns of a
+    file without a header. Without a time column all times are 0.
     """
     lazy = scan_delimited(path, flag, separator, quote_char, header)
     require_columns(lazy, columns, path, flag)
@@ -152,7 +177,7 @@ def usable(
     faults: Faults,
     cell: Callable[[int, str], str],
     unit: str,
-    earliest: int = 0,
+    earliest: int = EARLIEST,
     blank: pl.Expr | None = None,
 ) -> tuple[pl.DataFrame, str]:
     """(log, unit of its times): the usable rows of a lazy frame; the others are added to `faults`.
@@ -160,8 +185,10 @@ def usable(
     cell(row, column) says where a cell is and what it holds. blank: rows that are no records.
     """
     blank = pl.lit(False) if blank is None else blank
-    dates = unit == "date" or (not unit and _are_dates(lazy, columns.time))
-    unit = "date" if dates else unit
+    if digits := unit in ("", "date") and are_digits(lazy, columns.time):
+        say(f"the times of column {columns.time} are read as dates: 20161031 is 2016-10-31")
+    dates = unit == "date" or digits or (not unit and _are_dates(lazy, columns.time))
+    unit = "digits" if digits else "date" if dates else unit
     chosen = _expressions(lazy, columns, unit)
     table = lazy.select(*chosen, blank=blank).collect(engine="streaming")
     blank = table["blank"]
@@ -178,12 +205,16 @@ def usable(
         if name not in table.columns:
             continue
         wrong = table[name].is_null()
+        if expected == "an id" and table[name].unique().cast(pl.String).str.contains(BREAKS).any():
+            wrong |= table[name].cast(pl.String).str.contains(BREAKS).fill_null(False)
+            expected = "an id without tabs and line ends"
         if name in ("time", "rating") and table[name].dtype == pl.Float64:
             wrong |= ~table[name].is_finite().fill_null(False)
         if name == "time" and columns.time:
             expected = f"a time stamp in {unit}" if unit in UNITS else "a number or a date like 2016-10-31"
             expected = "a date like 2016-10-31 or 2016-10-31T12:00:00" if dates else expected
-            if unit in UNITS and earliest:
+            if unit in UNITS:
+                expected += f", {datetime.fromtimestamp(earliest, UTC).year} to 2099"
                 wrong |= ~table["time"].is_between(earliest * UNITS[unit], LATEST * UNITS[unit]).fill_null(False)
         wrong &= ~bad
         if count := int(wrong.sum()):
@@ -207,6 +238,9 @@ def _expressions(lazy: pl.LazyFrame, columns: Columns, unit: str) -> list[pl.Exp
         chosen.append(pl.lit(0, pl.Int64).alias("time"))
     elif schema[columns.time].is_temporal():
         chosen.append(time.cast(pl.Datetime("us")).to_physical().alias("time"))
+    elif unit == "digits":
+        text = _whole(time).str.pad_end(14, "0")
+        chosen.append(text.str.strptime(pl.Datetime("us"), "%Y%m%d%H%M%S", strict=False).to_physical().alias("time"))
     elif unit == "date":
         texts = [time.str.strptime(pl.Datetime("us"), form, strict=False) for form in DATES]
         texts.append(time.str.strptime(pl.Datetime("us", "UTC"), ZONED, strict=False).dt.replace_time_zone(None))
@@ -226,6 +260,19 @@ def _are_dates(lazy: pl.LazyFrame, column: str) -> bool:
     return bool(first[column].str.contains(r"^\d{4}[-/]\d\d?[-/]\d").any())
 
 
+def are_digits(lazy: pl.LazyFrame, column: str) -> bool:
+    """Whether nine of ten of the first times are dates without separators: 20161031, 2016103112, 20161031120000."""
+    if not column or lazy.collect_schema()[column].is_temporal():
+        return False
+    first = lazy.select(_whole(pl.col(column))).drop_nulls().head(1000).collect().to_series()
+    return (first.str.contains(DIGITS).mean() or 0) > 0.9
+
+
+def _whole(number: pl.Expr) -> pl.Expr:
+    """A number, or a text of one, as the text of a whole number."""
+    return number.cast(pl.Float64, strict=False).cast(pl.Int64, strict=False).cast(pl.String)
+
+
 def _number_type(lazy: pl.LazyFrame, column: str) -> pl.DataType:
     """Float64; Int64 for nanoseconds, which do not fit into a float."""
     head = lazy.select(pl.col(column).cast(pl.Int64, strict=False)).head(1000).collect().to_series()
@@ -234,6 +281,9 @@ def _number_type(lazy: pl.LazyFrame, column: str) -> pl.DataType:
 
 def _reason(path: Path, separator: str, quote_char: str | None, error: Exception) -> str:
     """The first row that breaks the rules of the file, in words; else polars' own words."""
+    with open_binary(path) as f:  # whole, since a broken gzip file is the cause of the rows that it breaks
+        while f.read(1 << 24):
+            pass
     quoting = csv.QUOTE_MINIMAL if quote_char else csv.QUOTE_NONE
     limit, row, width = csv.field_size_limit(sys.maxsize), 0, 0
     try:

@@ -82,7 +82,7 @@ def read_ratings(layout: str, path: Path, faults):
         form |= {"header": ["user", "_1", "item", "_2", "rating", "_3", "time"], "separator": ":"}
     elif layout == "20M, 25M or 32M":
         columns, form = Columns("userId", "movieId", "timestamp", "rating"), {}
-    return read_log(path, "input_dir", columns, faults, unit="s", earliest=1, **form)[0]
+    return read_log(path, "input_dir", columns, faults, unit="s", **form)[0]
 
 
 def read_films(layout: str, files: dict[str, Path]):

@@ -36,12 +36,12 @@ class PreprocessOptions(StageOptions):
         super().__post_init__()
         self.at_least(1, "max_history")
         self.at_least(0, "k_core", "min_rating")
+        self.plain_names("dataset_name")
         dates = bool(self.valid_from) + bool(self.test_from)
         self.check(
             max_bad=(0 <= self.max_bad <= 1, "0 to 1"),
             test_from=(dates != 1, "both --valid_from and --test_from, or neither"),
             split=(not dates or self.split == "time", "time, where --valid_from is given"),
-            dataset_name=(not {*self.dataset_name} & {*"/\t\n\0"}, "a name without a slash"),
         )
 
 

@@ -2,8 +2,9 @@
 
     python -m preprocess.recbole --input_dir dataset/ml-1m --output_dir output/ml-1m/raw
 
-The folder holds one `.inter` file and at most one `.item` file, or --dataset_name says which. Columns are found by
-RecBole's usual names, or named by options.
+The folder holds one `.inter` file and at most one `.item` file, or --dataset_name says which. It may be the output folder
+too: `<D>.{train,valid,test}.inter` next to others are results. Columns are found by RecBole's usual names, or named by
+options.
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from minionerec.common.errors import UserError
 from minionerec.common.files import require_file
 from minionerec.common.options import RUNTIME, option, run
 from preprocess.options import PreprocessOptions, name_of
-from preprocess.stage import preprocess
+from preprocess.stage import SPLITS, preprocess
 
+WRITTEN = tuple(f".{split}.inter" for split in SPLITS)
 USUAL = {  # the names of RecBole's own data sets, in order of preference
     "title": ("title", "movie_title", "item_title", "name", "item_name", "product_name", "book_title", "track_name"),
     "description": ("description", "item_description", "summary", "abstract", "text"),
@@ -42,7 +44,8 @@ def source_files(options: Options) -> dict[str, Path]:
     files = {}
     for kind in ("inter", "item"):
         found = sorted(folder.glob(f"*.{kind}"))
-        found = [path for path in found if path.name == f"{options.dataset_name}.{kind}"] or found
+        named = [path for path in found if path.name == f"{options.dataset_name}.{kind}"]
+        found = named or [path for path in found if not path.name.endswith(WRITTEN)] or found
         if len(found) > 1 or (kind == "inter" and not found):
             raise UserError(
                 f"{folder}: found {len(found)} files *.{kind}, expected one; check --input_dir or give --dataset_name"
@@ -57,9 +60,10 @@ def read_items(path: Path, options: Options):
     import polars as pl
 
     from minionerec.common.tables import read_csv, refuse_rows
+    from preprocess.files import short_names
 
     table = read_csv(path, "input_dir", separator="\t", quote_char=None)
-    table = table.rename({column: column.split(":")[0] for column in table.columns})
+    table = table.rename(short_names(table.columns, path))
     item = options.item_column
     if item not in table.columns:
         raise UserError(f"{path}: no column {item!r}, found {table.columns[1:]}; check --item_column")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from minionerec.common import runs
+from minionerec.common.errors import UserError
 from preprocess.options import PreprocessOptions
 
 SPLITS = ("train", "valid", "test")
@@ -18,6 +19,9 @@ def preprocess(options: PreprocessOptions, name: str, files: Mapping[str, Path],
     folder = Path(options.output_dir)
     written = {kind: folder / f"{name}.{kind}" for kind in ("item.json", "user2id", "item2id", "stats.json")}
     written |= {split: folder / f"{name}.{split}.inter" for split in SPLITS}
+    for path in files.values():
+        if path.resolve() in {file.resolve() for file in written.values()}:
+            raise UserError(f"{path}: would be read and written; give another --output_dir or --dataset_name")
     record = runs.begin(
         options,
         "preprocess",

@@ -30,7 +30,7 @@ class Options(PreprocessOptions):
     time_column: str = option("timestamp", "column of the time; none: rows are in time order")
     time_unit: Literal["auto", "s", "ms", "us", "ns", "date"] = option(
         "auto",
-        "of the time column; auto: detected from its values; date: texts like 2016-10-31 or 2016-10-31T12:00:00Z",
+        "of the time column; auto: detected from its values; date: like 2016-10-31, 2016-10-31T12:00:00Z or 20161031",
     )
     rating_column: str = option("rating", "column of the rating, used by --min_rating")
     title_column: str = option("", "column of the title; default: a usual name")
@@ -69,17 +69,16 @@ def read_interactions(options: Options, faults):
     """(log, unit of its times) of --file."""
     import polars as pl
 
-    from preprocess.files import Columns, read_log, require_columns, usable
+    from preprocess.files import Columns, are_digits, read_log, require_columns, usable
 
     path = Path(options.file)
     time = "" if options.time_column == "none" else options.time_column
     rating = options.rating_column if options.min_rating > 0 else ""
     columns = Columns(options.user_column, options.item_column, time, rating)
     unit = "" if options.time_unit == "auto" else options.time_unit
-    earliest = 1 if unit not in ("", "date") else 0
     if not is_parquet(path):
         form = form_of(options, path, "file") | {"header": options.column_names or None}
-        return read_log(path, "file", columns, faults, unit=unit, earliest=earliest, **form)
+        return read_log(path, "file", columns, faults, unit=unit, **form)
 
     def cell(row: int, name: str) -> str:
         return f"{path}, row {row + 1}, column {name}: found {lazy.slice(row, 1).select(name).collect().item()!r:.60}"
@@ -88,9 +87,10 @@ def read_interactions(options: Options, faults):
         lazy = pl.scan_parquet(path, glob=False)
         require_columns(lazy, columns, path, "file")
         temporal = bool(time) and lazy.collect_schema()[time].is_temporal()
-        if unit == "date" and not temporal and lazy.collect_schema()[time] != pl.String:
+        numbers = bool(time) and not temporal and lazy.collect_schema()[time] != pl.String
+        if unit == "date" and numbers and not are_digits(lazy, time):
             raise UserError(f"{path}: column {time!r} holds numbers, not dates; give another --time_unit")
-        return usable(lazy, columns, faults, cell, "us" if temporal else unit, 0 if temporal else earliest)
+        return usable(lazy, columns, faults, cell, "us" if temporal else unit)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(f"{path}: not readable as parquet ({str(error).splitlines()[0]}); write it again") from None
 

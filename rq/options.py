@@ -73,6 +73,7 @@ class ClusteringOptions(StageOptions):
             seed=(self.seed + self.l <= 2**31, f"0 to {2**31 - self.l}"),
         )
         self.at_least(1, "max_iter")
+        self.plain_names("dataset")
 
 
 @dataclass

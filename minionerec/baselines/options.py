@@ -91,4 +91,4 @@ class BaselineOptions(TrackedOptions):
 def filter_heights(text: str) -> list[int]:
     """`"2,3,4"` or `"[2, 3, 4]"` -> `[2, 3, 4]`; empty if it is neither."""
     parts = text.strip().removeprefix("[").removesuffix("]").split(",")
-    return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else []
+    return [int(part) for part in parts] if all(part.strip().isdecimal() and len(part) < 10 for part in parts) else []

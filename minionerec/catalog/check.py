@@ -112,7 +112,7 @@ def _gaps(path: Path, content: dict) -> Iterator[Fault]:
         if str(item) not in content:
             yield path, f"item {item} is missing, expected ids 0..{len(content) - 1} without gaps"
     for key in content:
-        if not (key.isascii() and key.isdecimal() and str(int(key)) == key and int(key) < len(content)):
+        if str(number := _number(key)) != key or not 0 <= number < len(content):
             yield path, f"item {key[:40]!r}, expected ids 0..{len(content) - 1}"
 
 
@@ -124,9 +124,11 @@ def _items(path: Path) -> tuple[dict[int, str], list[Fault]]:
     titles = {}
     for item, meta in content.items():
         if not isinstance(meta, dict) or not isinstance(meta.get("title"), str):
-            faults.append((path, f'item {item}: found {str(meta)[:60]!r}, expected an object with a string "title"'))
+            faults.append(
+                (path, f'item {item[:40]}: found {str(meta)[:60]!r}, expected an object with a string "title"')
+            )
         elif not meta["title"].strip():
-            faults.append((path, f"item {item}: the title is empty"))
+            faults.append((path, f"item {item[:40]}: the title is empty"))
         titles[_number(item)] = " ".join(str(meta.get("title")).split()) if isinstance(meta, dict) else ""
     return titles, faults
 
@@ -146,12 +148,14 @@ def _index(path: Path) -> tuple[dict[int, str], list[Fault]]:
     faults, renaming, sids = list(_gaps(path, content)), Renaming(), {}
     for item, tokens in content.items():
         if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str | int) for token in tokens):
-            faults.append((path, f'item {item}: found {str(tokens)[:60]!r}, expected a list like ["<a_1>", "<b_2>"]'))
+            faults.append(
+                (path, f'item {item[:40]}: found {str(tokens)[:60]!r}, expected a list like ["<a_1>", "<b_2>"]')
+            )
             continue
         try:
             sids[_number(item)] = renaming.sid(tokens)
         except ValueError as error:
-            faults.append((path, f"item {item}: found {str(tokens)[:60]!r}: {error}"))
+            faults.append((path, f"item {item[:40]}: found {str(tokens)[:60]!r}: {error}"))
     return sids, faults
 
 
@@ -314,10 +318,12 @@ def _titles(cell: str | None) -> list[str] | None:
 def _embedding(path: Path, items: int) -> Iterator[Fault]:
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        yield path, f"not readable as an array ({error})"
+    except Exception as error:  # numpy's header parser raises errors of many kinds
+        yield path, f"not readable as an array ({' '.join(str(error).split())[:200]})"
         return
-    if rows.ndim != 2 or rows.dtype.kind != "f" or (items and len(rows) != items):
+    if not isinstance(rows, np.ndarray):
+        yield path, f"found an .npz file, expected one array of floats ({items}, dim)"
+    elif rows.ndim != 2 or rows.dtype.kind != "f" or not rows.shape[1] or (items and len(rows) != items):
         yield path, f"found {rows.dtype} {rows.shape}, expected floats ({items}, dim)"
     elif not all(np.isfinite(rows[first : first + 65_536]).all() for first in range(0, len(rows), 65_536)):
         bad = next(row for row in range(len(rows)) if not np.isfinite(rows[row]).all())

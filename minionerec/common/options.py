@@ -40,6 +40,7 @@ from minionerec.common.processes import end_with_launcher, leave_group, report_e
 
 SETTING, INPUT, OUTPUT, RUNTIME = "setting", "input", "output", "runtime"
 MOST_WEIGHT = 1000  # of a model in a blend or of a part of fused embeddings: no sum overflows
+MOST = 2**31 - 1  # the largest integer of an option; libraries hold such numbers in 32 bits
 WITHDRAWALS: list[Callable[[], None]] = []  # undo what a refused start has written; `minionerec.common.runs` adds to it
 
 
@@ -72,6 +73,8 @@ class StageOptions:
             numbers = value if isinstance(value, list) else [value]
             if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
                 raise UserError(f"--{field.name} {value}: expected a finite number")
+            if field.name != "seed" and any(isinstance(number, int) and abs(number) > MOST for number in numbers):
+                raise UserError(f"--{field.name} {value}: expected at most {MOST}")
         if not 0 <= getattr(self, "seed", 0) < 2**32:
             raise UserError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
 
@@ -80,6 +83,13 @@ class StageOptions:
         for name, (holds, expected) in rules.items():
             if not holds:
                 raise UserError(f"--{name} {getattr(self, name)}: expected {expected}")
+
+    def plain_names(self, *names: str) -> None:
+        """Raise `UserError` for the first of the options `names` that cannot be part of a file name."""
+        for name in names:
+            value = getattr(self, name)
+            expected = "a plain name, without slashes, tabs and line ends, which becomes part of file names"
+            self.check(**{name: (not {*value} & {*"/\t\r\n\0"}, expected)})
 
     def at_least(self, least: float, *names: str) -> None:
         """Raise `UserError` for the first of the options `names` below `least`."""

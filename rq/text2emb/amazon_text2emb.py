@@ -64,8 +64,8 @@ class Options(StageOptions):
             pooling=(self.pooling in ("", *POOLING), " or ".join(POOLING)),
             dtype=(self.dtype in ("", *DTYPES), " or ".join(DTYPES)),
             prompt_name=(not (self.prompt and self.prompt_name), "nothing, because --prompt is given"),
-            plm_name=("/" not in self.plm_name, "a short name without /, which becomes part of the file name"),
         )
+        self.plain_names("dataset", "plm_name")
 
 
 def plain_text(value) -> str:

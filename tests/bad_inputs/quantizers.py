@@ -63,6 +63,7 @@ def clustered_options(stage: str) -> list[Case]:
         option_case(stage, "--seed -1: expected 0 to", seed=-1),
         option_case(stage, "--output_file toy.txt: expected a name like <D>.index.json", output_file="toy.txt"),
         option_case(stage, "either --dataset and --root, or --data_path", dataset="toy", root="."),
+        option_case(stage, "--dataset ../x/toy: expected a plain name", dataset="../x/toy", root=".", data_path=None),
         option_case(stage, "more.emb-x-td.npy", "items", item_meta_path="toy.item.json", data_path="more.emb-x-td.npy"),
         option_case(stage, "argument --collision: invalid choice", collision="sometimes"),
         file_case(stage, "earlier result", put("out/toy.index.json", "{}"), "out/toy.index.json: holds another result"),

@@ -42,7 +42,11 @@ def test_every_variant_is_a_data_set(arguments, world, tmp_path):
 
 @pytest.mark.parametrize(
     "variants, found",
-    [("fused", "no variant 'fused', expected some of text2"), ("other3", "no variant other3, expected some of text2")],
+    [
+        ("fused", "no variant 'fused', expected some of text2"),
+        ("text2,../x3", "no variant '../x3', expected some of text2"),
+    ],
 )
-def test_unknown_variants_are_refused(arguments, variants, found):
+def test_unknown_variants_are_refused(arguments, tmp_path, variants, found):
     assert found in refusal(sid_variants, *arguments, "--variants", variants)
+    assert not (tmp_path / "sids").exists()

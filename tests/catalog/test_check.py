@@ -105,6 +105,32 @@ def test_faults_of_items_and_index(folder):
         assert any(text in fault for fault in faults), (text, faults)
 
 
+@pytest.mark.parametrize("name, value", [("toy.item.json", {"title": "Long"}), ("toy.index.json", ["<a_1>"])])
+def test_a_key_of_many_digits(folder, name, value):
+    content = json.loads((folder / name).read_text()) | {"9" * 5000: value}
+    (folder / name).write_text(json.dumps(content))
+    faults = found(folder)
+    assert any(f"{name}: item '{'9' * 40}', expected ids 0..48" in fault for fault in faults)
+    assert all(len(fault) < 500 for fault in faults)
+
+
+@pytest.mark.parametrize(
+    "write, text",
+    [
+        (lambda f: np.savez(f, a=np.zeros(3)), "toy.emb-x-td.npy: found an .npz file, expected one array of floats"),
+        (lambda f: f.write(b"PK\x03\x04 and no more"), "toy.emb-x-td.npy: not readable as an array"),
+        (lambda f: f.write(b"\x93NUMPY\x01\x00\x76\x00{'descr': ((((" + b" " * 103), "toy.emb-x-td.npy: not readable"),
+        (lambda f: np.save(f, np.zeros((48, 0))), "toy.emb-x-td.npy: "),
+        (lambda f: np.save(f, np.zeros(48)), "toy.emb-x-td.npy: found float64 (48,), expected floats (48, dim)"),
+    ],
+)
+def test_what_is_no_matrix(folder, write, text):
+    with open(folder / "toy.emb-x-td.npy", "wb") as f:
+        write(f)
+    faults = found(folder)
+    assert len(faults) == 1 and text in faults[0]
+
+
 def test_prefixes(folder):
     index = json.loads((folder / "toy.index.json").read_text())
     index["0"] = index["1"][:2]

@@ -145,6 +145,8 @@ def test_every_option_can_be_a_variable():
         (["--seed", "-1"], "--seed -1: expected 0 to 4294967295"),
         (["--seed", "4294967296"], "--seed 4294967296: expected 0 to"),
         (["--seed", "9" * 5000], "invalid int value"),
+        (["--layers", "8", "2147483648"], "--layers [8, 2147483648]: expected at most 2147483647"),
+        (["--layers", "-2147483648"], "--layers [-2147483648]: expected at most 2147483647"),
         (["--tied", "maybe"], "maybe"),
         (["--loss", "l2"], "invalid choice: 'l2' (choose from 'mse', 'l1')"),
         (["--lr"], "expected one argument"),

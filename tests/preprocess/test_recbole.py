@@ -55,6 +55,14 @@ def test_named_columns_and_ratings(tmp_path):
         ({"item": "item_id:token\tx:token\na\tb\n"}, "shop.item: no column of titles"),
         ({"item": ITEM + "a\tA\t\t\n"}, "row 5, column item_id: found 'a', expected each item once"),
         ({"item": ITEM.replace("c\tC", "d\tC")}, "1 interactions are of items without a title, the first of item c"),
+        (
+            {"inter": INTER.replace("rating:float", "user_id:float")},
+            "shop.inter: found the columns ['user_id:token', 'user_id:float'], expected names",
+        ),
+        (
+            {"item": ITEM.replace("brand:token", "title:token")},
+            "shop.item: found the columns ['title:token_seq', 'title:token']",
+        ),
         ({"inter": INTER + "u\ta\t5\n"}, "row 6, column timestamp: found ''"),
         ({"inter": INTER + "u\ta\t5\t1\t1\n"}, "row 6: found 5 cells, expected 4"),
     ],
@@ -71,6 +79,29 @@ def test_two_sets_in_a_folder(tmp_path):
         main(write(tmp_path))
     main(write(tmp_path, dataset_name="shop"))
     assert (tmp_path / "out" / "shop.item.json").exists()
+
+
+def test_the_source_folder_may_be_the_output_folder(tmp_path, capsys):
+    options = write(tmp_path)
+    options.output_dir = str(tmp_path)
+    main(options)
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    main(options)
+    assert "complete with these options, nothing to do" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == written
+    record = json.loads(written["shop.preprocess.run.json"]) | {"complete": False}
+    (tmp_path / "shop.preprocess.run.json").write_text(json.dumps(record))  # as of a killed run
+    (tmp_path / "shop.test.inter").unlink()
+    main(options)
+    assert (tmp_path / "shop.test.inter").read_bytes() == written["shop.test.inter"]
+
+
+def test_a_source_is_never_written_over(tmp_path):
+    (tmp_path / "shop.train.inter").write_text(INTER)
+    options = Options(input_dir=str(tmp_path), output_dir=str(tmp_path), overwrite=True)
+    with pytest.raises(UserError, match="shop.train.inter: would be read and written; give another --output_dir"):
+        main(options)
+    assert [path.name for path in tmp_path.iterdir()] == ["shop.train.inter"]
 
 
 def test_the_command(tmp_path):

@@ -94,6 +94,9 @@ BAD = {
     "a user without items": ("a 1 2 3\nb\n", {}, "toy.txt, line 2: found 'b', expected a user and items (1 of 4 records"),
     "latin-1": (b"a 1 2 3\nb 4 \xe9 6\n", {}, "toy.txt, line 2: found the byte 0xe9"),
     "UTF-16": ("a 1 2 3\n".encode("utf-16"), {}, "found UTF-16 or binary data"),
+    "line ends CR": ("a 1 2 3\rb 4 5 6\r", {}, "toy.txt: found line ends CR, expected LF or CR LF; save the file"),
+    "one line end CR": ("a 1 2 3\rb 4 5 6\nc 1 2 3\n", {}, "toy.txt, line 1: found a carriage return inside the line"),
+    "texts with line ends CR": (LINES, {"texts": "10\tA\r20\tB\r"}, "texts.tsv: found line ends CR, expected LF"),
     "too short": ("a 1\nb 2\n", {}, "none of 2 users has 3 interactions"),
     "a core that is empty": (LINES, {"k_core": 9}, "9-core: no interaction is left"),
     "a split without times": (LINES, {"split": "chronological"}, "--split chronological: the source has no times"),
@@ -128,7 +131,7 @@ def test_faults_below_the_limit_are_counted(tmp_path, capsys):
         ({"max_bad": 2.0}, "--max_bad 2.0: expected 0 to 1"),
         ({"valid_from": "2016"}, "--test_from : expected both"),
         ({"valid_from": "2016", "test_from": "2017"}, "--split leave_one_out: expected time"),
-        ({"dataset_name": "a/b"}, "--dataset_name a/b: expected a name without a slash"),
+        ({"dataset_name": "a/b"}, "--dataset_name a/b: expected a plain name, without slashes"),
     ],
 )
 def test_options(tmp_path, changes, found):

@@ -58,6 +58,15 @@ def test_named_columns_and_separators(tmp_path):
     assert inter(tmp_path) == EXPECTED
 
 
+def test_ids_are_written_as_they_are(tmp_path):
+    names = {"x": '15" screen 1', "y": '"', "z": "a, b"}
+    rows = [(user, '"' + names[item].replace('"', '""') + '"', time) for user, item, time in ROWS]
+    (tmp_path / "t.csv").write_text(csv_of(rows))
+    main(options(tmp_path / "t.csv", tmp_path))
+    lines = (tmp_path / "out" / "t.item2id").read_text().splitlines()
+    assert [line.split("\t") for line in lines] == [['"', "0"], ['15" screen 1', "1"], ["a, b", "2"]]
+
+
 @pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
 def test_a_semicolon_is_found_in_the_first_line(tmp_path, name):
     data = csv_of([(f"{user},1", *row) for user, *row in ROWS], separator=";").encode()
@@ -77,6 +86,11 @@ def test_a_semicolon_is_found_in_the_first_line(tmp_path, name):
         ("2024-03-{:02}T12:00", "2024-03-10T12:00:00"),
         ("2024-03-{:02}T12:00:00Z", "2024-03-10T12:00:00"),
         ("2024-03-{:02} 12:00:00.5+01:00", "2024-03-10T11:00:00.5"),
+        ("202403{:02}", "2024-03-10T00:00:00"),
+        ("202403{:02}.0", "2024-03-10T00:00:00"),
+        ("202403{:02}11", "2024-03-10T11:00:00"),
+        ("202403{:02}1130", "2024-03-10T11:30:00"),
+        ("202403{:02}113015", "2024-03-10T11:30:15"),
     ],
 )
 def test_dates_are_told_by_their_form(tmp_path, form, first, time_unit):
@@ -84,6 +98,18 @@ def test_dates_are_told_by_their_form(tmp_path, form, first, time_unit):
     main(options(tmp_path / "t.csv", tmp_path, time_unit=time_unit))
     time = stats(tmp_path)["time"]
     assert inter(tmp_path) == EXPECTED and time["unit"] == "us" and time["first"].startswith(first)
+
+
+@pytest.mark.parametrize("time_unit", ["auto", "date"])
+def test_dates_written_as_numbers(tmp_path, capsys, time_unit):
+    rows = [(user, item, 20161000113015 + time * 10**6) for user, item, time in ROWS]
+    rows += [(user, "w", 20170101000000) for user in ("ann", "bob")]
+    pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row").write_parquet(tmp_path / "t.parquet")
+    main(options(tmp_path / "t.parquet", tmp_path, time_unit=time_unit, time_column="none"))
+    assert stats(tmp_path)["time"]["unit"] == ""
+    main(options(tmp_path / "t.parquet", tmp_path, time_unit=time_unit, to_time="2017", overwrite=True))
+    assert inter(tmp_path) == EXPECTED and stats(tmp_path)["time"]["last"] == "2016-10-30T11:30:15+00:00"
+    assert "the times of column timestamp are read as dates: 20161031 is 2016-10-31" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("unit", [*UNITS, "date", "parquet dates"])
@@ -156,7 +182,17 @@ def test_item_tables(tmp_path, name):
     assert items["0"] == {"title": "A", "description": "", "brand": "", "categories": "p, q"}
 
 
+def flipped(data: bytes, place: int) -> bytes:
+    """`data` with the bits of one byte inverted."""
+    changed = bytearray(data)
+    changed[place] ^= 0xFF
+    return bytes(changed)
+
+
 GOOD = csv_of()
+LATER = csv_of([(user, item, 10**9 + time) for user, item, time in ROWS])
+DATED = csv_of([(user, item, f"2016-10-{time:02}") for user, item, time in ROWS])
+PACKED = gzip.compress(csv_of([(f"u{i * i % 997}", f"i{i * 7 % 401}", 10**9 + i) for i in range(20_000)]).encode())
 BAD = {
     "an empty file": (b"", {}, "t.csv: the file is empty"),
     "no such column": (GOOD, {"time_column": "when"}, "t.csv: no column 'when', found ['user_id', 'item_id', 'timestamp']; check --time_column"),
@@ -164,18 +200,32 @@ BAD = {
     "German dates": (csv_of([("a", "b", "01.03.2024")]), {}, "found '01.03.2024', expected a number or a date like 2016-10-31 ("),
     "a cell too many": (GOOD + "a,b,1,2\n", {}, "t.csv, row 8: found 4 cells, expected 3"),
     "no item": (GOOD + "a,,1\n", {}, "t.csv, row 8, column item_id: found '', expected an id (1 of 7 records"),
+    "a user with a tab": (GOOD + '"a\tb",x,1\n', {}, "t.csv, row 8, column user_id: found 'a\\tb', expected an id without tabs and line ends (1 of 7"),
+    "an item of two lines": (GOOD + 'a,"x\ny",1\n', {}, "t.csv, row 8, column item_id: found 'x\\ny', expected an id without tabs"),
     "no time": (GOOD + "a,b\n", {}, "t.csv, row 8, column timestamp: found ''"),
     "a word as time": (GOOD + "a,b,noon\n", {}, "row 8, column timestamp: found 'noon', expected a number"),
     "an endless time": (GOOD + "a,b,inf\n", {}, "row 8, column timestamp: found 'inf'"),
     "no date": (csv_of([("a", "b", "2016-02-30")]), {"time_unit": "date"}, "row 2, column timestamp: found '2016-02-30', expected a date like"),
     "a time after 2100": (GOOD + "a,b,99999999999\n", {"time_unit": "s"}, "found '99999999999', expected a time stamp in s"),
+    "a detected time after 2100": (LATER + "a,b,99999999999\n", {}, "row 8, column timestamp: found '99999999999', expected a time stamp in s, 1970 to 2099"),
+    "a detected time of zero": (LATER + "a,b,0\n", {}, "row 8, column timestamp: found '0', expected a time stamp in s, 1970 to 2099"),
+    "one date among time stamps": (LATER + "a,b,20160101120000\n", {}, "row 8, column timestamp: found '20160101120000', expected a time stamp in s"),
+    "the last day of all": (DATED + "a,b,9999-12-31\n", {"time_unit": "date"}, "row 8, column timestamp: found '9999-12-31', expected a date like 2016-10-31 or 2016-10-31T12:00:00, 1970 to 2099"),
+    "a day before time stamps": (DATED + "a,b,1066-10-14\n", {}, "row 8, column timestamp: found '1066-10-14'"),
+    "no 30th of February": (DATED.replace("-", "") + "a,b,20160230\n", {}, "row 8, column timestamp: found '20160230', expected a date like"),
     "a negative time": (GOOD + "a,b,-5\n", {"time_unit": "s"}, "found '-5', expected a time stamp in s"),
     "latin-1": (GOOD.encode() + b"\xe9,b,1\n", {}, "t.csv, line 8: found the byte 0xe9"),
-    "half a gzip file": (gzip.compress(GOOD.encode())[:20], {}, "t.csv: found a broken gzip file"),
+    "20 bytes of a gzip file": (gzip.compress(GOOD.encode())[:20], {}, "t.csv: found a broken gzip file"),
+    "half a gzip file": (PACKED[: len(PACKED) // 2], {}, "t.csv: found a broken gzip file (Compressed file ended"),
+    "a gzip file with another checksum": (flipped(PACKED, -6), {}, "t.csv: found a broken gzip file (CRC check failed"),
+    "a gzip file with another length": (flipped(PACKED, -1), {}, "t.csv: found a broken gzip file (Incorrect length"),
+    "a gzip file with a damaged block": (flipped(PACKED, len(PACKED) // 2), {}, "t.csv: found a broken gzip file ("),
     "an open quote": (GOOD + 'a,"b,1\n', {}, "t.csv, row 8"),
     "half a parquet file": (b"PAR1xxxx", {}, "not readable as parquet"),
     "no ratings": (GOOD, {"min_rating": 3.0}, "t.csv: no column 'rating'"),
     "what looks like zlib": (b"x\x01,item_id,timestamp\n", {}, "t.csv: the table cannot be read"),
+    "line ends CR": (GOOD.replace("\n", "\r"), {}, "t.csv: found line ends CR, expected LF or CR LF; save"),
+    "one name before the colon": ("event:user,event:item,timestamp\na,b,1\n", {}, "t.csv: found the columns ['event:user', 'event:item'], expected names that differ"),
     "a column twice": ("user_id,item_id,timestamp,timestamp\na,b,1,2\n", {}, "t.csv"),
 }  # fmt: skip
 

@@ -176,7 +176,7 @@ def test_a_bad_encoder_is_one_line(case, items, encoder, tmp_path):
 def test_bad_options_are_one_line(items, encoder):
     given = ["--dataset", "D", "--root", items, "--plm_name", "tiny", "--plm_checkpoint", encoder]
     for more, found in (
-        (["--plm_name", "org/model"], "--plm_name org/model: expected a short name without /"),
+        (["--plm_name", "org/model"], "--plm_name org/model: expected a plain name, without slashes"),
         (["--max_sent_len", "0"], "--max_sent_len 0: expected at least 1"),
         (["--batch_size", "-1"], "--batch_size -1: expected at least 1"),
         (["--batch_tokens", "-1"], "--batch_tokens -1: expected at least 0"),
