@@ -41,6 +41,7 @@ from minionerec.common.processes import end_with_launcher, leave_group, report_e
 SETTING, INPUT, OUTPUT, RUNTIME = "setting", "input", "output", "runtime"
 MOST_WEIGHT = 1000  # of a model in a blend or of a part of fused embeddings: no sum overflows
 MOST = 2**31 - 1  # the largest integer of an option; libraries hold such numbers in 32 bits
+MOST_FLOAT = 1e30  # products with it stay finite in 32 bits for a while; what diverges is named where it does
 WITHDRAWALS: list[Callable[[], None]] = []  # undo what a refused start has written; `minionerec.common.runs` adds to it
 
 
@@ -73,6 +74,8 @@ class StageOptions:
             numbers = value if isinstance(value, list) else [value]
             if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
                 raise UserError(f"--{field.name} {value}: expected a finite number")
+            if any(isinstance(number, float) and abs(number) > MOST_FLOAT for number in numbers):
+                raise UserError(f"--{field.name} {value}: expected at most {MOST_FLOAT:.0e}")
             if field.name != "seed" and any(isinstance(number, int) and abs(number) > MOST for number in numbers):
                 raise UserError(f"--{field.name} {value}: expected at most {MOST}")
         if not 0 <= getattr(self, "seed", 0) < 2**32:

@@ -140,6 +140,7 @@ def test_every_option_can_be_a_variable():
         (["--output", "x"], "unknown option --output"),  # no abbreviations
         (["--lr", "fast"], "argument --lr/--learning_rate/--rate: invalid float value: 'fast'"),
         (["--lr", "nan"], "--lr nan: expected a finite number"),
+        (["--lr=-1e300"], "--lr -1e+300: expected at most 1e+30"),
         (["--lr", "1e999"], "--lr inf: expected a finite number"),
         (["--layers", "8", "x"], "invalid int value: 'x'"),
         (["--seed", "-1"], "--seed -1: expected 0 to 4294967295"),
