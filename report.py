@@ -360,11 +360,17 @@ def main(options: Options) -> None:
         raise UserError(
             f"--report_file {path}: the table goes there, expected another name; choose one like report.html"
         )
+
+    def make_room() -> None:
+        runs.make_room(options, lambda file: is_results(file) if file in tables else is_page(file), path, *tables)
+
+    if not options.overwrite:
+        make_room()  # refuses before the page, which may take minutes, is made
     for folder, own in results.items():
         print(f"test rows, by item, full catalog ({printable(str(folder))})")
         print(tables_of(own))
     page = page_of(outputs_of(results), options)
-    runs.make_room(options, lambda file: is_results(file) if file in tables else is_page(file), path, *tables)
+    make_room()
     for file, own in tables.items():
         write_json(file, own)
     with atomic_file(path) as f:

@@ -127,7 +127,7 @@ def test_from_the_command_line(folder):
     assert "Traceback" in run_stage("report.py", "--output_dir", "nowhere", "--debug", check=False).stderr
 
 
-def test_own_files_are_written_again_and_others_move_aside_on_request(folder):
+def test_own_files_are_written_again_and_others_move_aside_on_request(folder, capsys):
     page = folder / "report.html"
     for _ in range(2):
         report.main(report.Options(output_dir=[str(folder)]))
@@ -136,7 +136,7 @@ def test_own_files_are_written_again_and_others_move_aside_on_request(folder):
     before = page.read_text()
     with pytest.raises(UserError, match=r"report\.html: holds another result"):
         report.main(report.Options(output_dir=[str(folder)]))
-    assert page.read_text() == before
+    assert page.read_text() == before and capsys.readouterr().out.count("full catalog") == 2  # not a third time
     report.main(report.Options(output_dir=[str(folder)], overwrite=True))
     assert (folder / "results.json.1").read_text() == '{"mine": 1}'
     assert (folder / "report.html.1").read_text() == before and report.is_page(page)
