@@ -51,6 +51,8 @@ class Options(StageOptions):
         super().__post_init__()
         self.at_least(1, "max_history")
         self.plain_names("dataset_name")
+        whole = not self.to_inter or self.max_history == Options.max_history
+        self.check(max_history=(whole, "nothing with --to_inter True, which keeps whole histories"))
 
 
 def read_inter(path: str | Path, n_items: int) -> Iterator:

@@ -45,6 +45,15 @@ class PreprocessOptions(StageOptions):
         )
 
 
+def refuse_unused(options: PreprocessOptions, needed: str) -> None:
+    """Raise `UserError` for an option about item texts, where there are none. needed: what would give some."""
+    for name in ("title_column", "description_column", "brand_column", "categories_column"):
+        if value := getattr(options, name, ""):
+            raise UserError(f"--{name} {value}: there are no item texts; leave it out, or give {needed}")
+    if options.untitled == "drop":
+        raise UserError(f"--untitled drop: there are no item texts; leave it out, or give {needed}")
+
+
 def name_of(options: PreprocessOptions, path: str | Path) -> str:
     """<D>: the name given, else that of the first file or folder up to its first dot."""
     name = options.dataset_name or Path(path).resolve().name.split(".")[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 from minionerec.common.errors import UserError
 from minionerec.common.files import require_file
 from minionerec.common.options import RUNTIME, option, run
-from preprocess.options import PreprocessOptions, name_of
+from preprocess.options import PreprocessOptions, name_of, refuse_unused
 from preprocess.stage import SPLITS, preprocess
 
 WRITTEN = tuple(f".{split}.inter" for split in SPLITS)
@@ -117,6 +117,8 @@ def read(options: Options, files: dict[str, Path]):
 def main(options: Options) -> None:
     options.require("output_dir", "input_dir")
     files = source_files(options)
+    if "item" not in files:
+        refuse_unused(options, "a folder with <D>.item")
     preprocess(options, name_of(options, files["inter"]), files, lambda: read(options, files))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from minionerec.common.errors import UserError
 from minionerec.common.files import read_json, require_file
 from minionerec.common.options import RUNTIME, option, run
-from preprocess.options import PreprocessOptions, name_of
+from preprocess.options import PreprocessOptions, name_of, refuse_unused
 from preprocess.stage import preprocess
 
 
@@ -96,6 +96,8 @@ def main(options: Options) -> None:
     files = {"file": require_file(options.file, "file")}
     if options.texts:
         files["texts"] = require_file(options.texts, "texts")
+    else:
+        refuse_unused(options, "--texts")
 
     def read():
         from preprocess.dataset import Faults, Source

@@ -14,7 +14,7 @@ from typing import Literal
 from minionerec.common.errors import UserError
 from minionerec.common.files import require_file
 from minionerec.common.options import RUNTIME, option, run
-from preprocess.options import PreprocessOptions, name_of
+from preprocess.options import PreprocessOptions, name_of, refuse_unused
 from preprocess.recbole import USUAL, cleaned, column_of
 from preprocess.stage import preprocess
 
@@ -132,6 +132,12 @@ def main(options: Options) -> None:
     for path, flag in zip(files.values(), ("file", "items_file"), strict=False):
         if path.is_dir():
             raise UserError(f"{path}: found a folder, expected a file; check --{flag}")
+    if not options.items_file:
+        refuse_unused(options, "--items_file")
+    if options.column_names and is_parquet(files["file"]):
+        raise UserError(f"--column_names: {options.file} is parquet, which names its columns; leave the option out")
+    if options.separator != "auto" and all(map(is_parquet, files.values())):
+        raise UserError(f"--separator {options.separator}: {options.file} is parquet; leave the option out")
 
     def read():
         from preprocess.dataset import Faults, Source

@@ -96,6 +96,7 @@ CONVERT = [
     option_case("convert_dataset", "other.item.json: no such file or folder; check --data_dir", dataset_name="other"),
     option_case("convert_dataset", "nowhere/train: found 0 files *.csv, expected one", csv_dir="nowhere"),
     option_case("convert_dataset", "unknown option --K", K=3),
+    option_case("convert_dataset", "--max_history 1: expected nothing with --to_inter True", csv_dir=".", to_inter=True, max_history=1),
     option_case("convert_dataset", "--dataset_name ../x/toy: expected a plain name, without slashes", dataset_name="../x/toy"),
     option_case("convert_dataset", "--dataset_name ../toy: expected a plain name", dataset_name="../toy", csv_dir=".", to_inter=True),
     file_case("convert_dataset", "path", put("out", "a file"), "out"),

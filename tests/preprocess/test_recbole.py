@@ -73,6 +73,13 @@ def test_bad_sources(tmp_path, changes, found):
     assert found in str(refused.value) and not list((tmp_path / "out").glob("*.inter"))
 
 
+@pytest.mark.parametrize("changes", [{"title_column": "title"}, {"untitled": "drop"}])
+def test_options_of_an_item_file_need_one(tmp_path, changes):
+    with pytest.raises(UserError, match="there are no item texts; leave it out, or give a folder with <D>.item"):
+        main(write(tmp_path, item="", **changes))
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_sets_in_a_folder(tmp_path):
     (tmp_path / "other.inter").write_text(INTER)
     with pytest.raises(UserError, match="found 2 files \\*.inter, expected one"):

@@ -241,6 +241,27 @@ def test_bad_tables(tmp_path, case):
 
 
 @pytest.mark.parametrize(
+    "name, changes, found",
+    [
+        (
+            "t.csv",
+            {"title_column": "title"},
+            "--title_column title: there are no item texts; leave it out, or give --items",
+        ),
+        ("t.csv", {"brand_column": "no"}, "--brand_column no: there are no item texts"),
+        ("t.csv", {"untitled": "drop"}, "--untitled drop: there are no item texts"),
+        ("t.parquet", {"separator": "comma"}, "--separator comma: "),
+        ("t.parquet", {"column_names": ["a", "b", "c"]}, "--column_names: "),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, name, changes, found):
+    FORMS[name](tmp_path / name)
+    with pytest.raises(UserError, match=found):
+        main(options(tmp_path / name, tmp_path, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     "text, changes, found",
     [
         ("item_id,title\nx,A\nx,B\n", {}, "i.csv, row 3, column item_id: found 'x', expected each item once"),
