@@ -6,8 +6,10 @@ A checkpoint of SFT or RL is a Hugging Face folder with two more files, which la
     minionerec.json   `Settings`: category, length of the history, normalisation space
 
 Every `checkpoint-N` has both too, and a manifest.json: the run that made it, and its files. A run resumes from and removes
-only what it made itself, and resumes only from a folder whose files are those of the manifest. Loading raises `UserError` for a folder that is missing, damaged or foreign, and puts
-tokenizer and model into a neutral state: no truncation, padding, BPE dropout or sampling values of their last use.
+only what it made itself, and resumes only from a folder whose files are those of the manifest.
+
+Loading raises `UserError` for a folder that is missing, damaged or foreign, and puts tokenizer and model into a neutral
+state: no truncation, padding, BPE dropout or sampling values of their last use.
 """
 
 import json
