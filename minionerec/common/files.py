@@ -5,7 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minionerec.common.errors import UserError
@@ -51,8 +51,12 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 
 @contextmanager
 def atomic_file(path: str | Path, mode: str = "w") -> Iterator:
-    """Open a temporary neighbour of `path` for writing; it becomes `path` only if the block ends without an error."""
+    """Open a temporary neighbour of `path` for writing; it becomes `path` only if the block ends without an error.
+
+    Folders that are missing are made, and removed after an error if they are empty.
+    """
     path = Path(path)
+    made = [parent for parent in path.parents if not parent.exists()]  # the innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -66,6 +70,9 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+        for folder in () if path.exists() else made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def write_json(path: str | Path, content, indent: int | None = 2) -> None:

@@ -96,3 +96,16 @@ def test_a_read_only_disk(small_disk):
     with pytest.raises(OSError) as error:
         write_json(small_disk / "new" / "x.json", {})
     assert f"{small_disk / 'new'}: Read-only file system; check the path" in message_of(error.value)
+
+
+def test_a_failed_write_leaves_no_folder(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for folder in ("new/deep", "mine/deep"):
+        with pytest.raises(ValueError), atomic_file(tmp_path / folder / "x.csv"):
+            raise ValueError
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+    with atomic_file(tmp_path / "new" / "x.csv") as f:
+        f.write("x")
+    with pytest.raises(ValueError), atomic_file(tmp_path / "new" / "y.csv"):
+        raise ValueError
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.csv"]
