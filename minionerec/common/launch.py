@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from minionerec.common.console import note
 from minionerec.common.errors import UserError
 from minionerec.common.processes import ERRORS, report_error
 
@@ -27,6 +28,7 @@ def start(tool: str, arguments: list[str]) -> None:
         from accelerate.commands.launch import main
 
         check_config(arguments[arguments.index("--config_file") + 1])
+        note_locks()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     main()
 
@@ -43,6 +45,15 @@ def check_config(path: str) -> None:
         load_config_from_file(path)
     except (OSError, ValueError, TypeError, AttributeError, YAMLError) as error:  # also for a file that is no mapping
         raise UserError(f"{path}: not a configuration of accelerate ({error}); {remedy}") from None
+
+
+def note_locks() -> None:
+    """Name the locks under which DeepSpeed's operators are compiled: one whose process was killed stops every later run."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    for lock in sorted(Path(root).glob("*/*/lock")):
+        note(
+            f"{lock}: a process compiles here, or was killed while it did; if training does not start, remove this file"
+        )
 
 
 def main() -> int:

@@ -110,3 +110,15 @@ def test_a_wrong_file_of_accelerate_is_one_line(content, found, tmp_path, monkey
     assert launch.main() == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {path}: {found}") and error.count("\n") == 1 and "check ACCELERATE_CONFIG" in error
+
+
+def test_a_lock_of_a_killed_compiler_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    launch.note_locks()
+    assert capsys.readouterr().out == ""
+    lock.touch()
+    launch.note_locks()
+    assert f"{lock}: a process compiles here" in capsys.readouterr().out
+    assert lock.exists()
