@@ -50,7 +50,7 @@ def check_config(path: str) -> None:
 def note_locks() -> None:
     """Name the locks under which DeepSpeed's operators are compiled: one whose process was killed stops every later run."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    for lock in sorted(Path(root).glob("*/*/lock")):
+    for lock in sorted(Path(root).rglob("lock")):
         note(
             f"{lock}: a process compiles here, or was killed while it did; if training does not start, remove this file"
         )
