@@ -50,14 +50,25 @@ def report_path(index: str | Path) -> Path:
 
 def begin_training(options, stage: str) -> runs.Run:
     """The record of a training into `options.ckpt_dir`."""
-    return runs.begin(options, stage, folder=options.ckpt_dir, writes=[*RESULTS, "epoch_*.safetensors", STATE])
+    record = runs.begin(options, stage, folder=options.ckpt_dir, writes=[*RESULTS, "epoch_*.safetensors", STATE])
+    state = record.path.with_name(STATE)
+    if record.complete and state.exists() and _mark(state) == record.record.get("state"):
+        state.unlink()  # a kill came between the two last lines of `finish_training`
+    return record
 
 
 def finish_training(record: runs.Run) -> None:
     """Mark a training as complete: as long as its `RESULTS` are there, since the user may delete other checkpoints."""
+    state = record.path.with_name(STATE)
+    record.record["state"] = _mark(state)
     record.writes = RESULTS
     record.finish()
-    record.path.with_name(STATE).unlink(missing_ok=True)
+    state.unlink(missing_ok=True)
+
+
+def _mark(state: Path) -> list[int]:
+    """What tells the state of this training from another file of its name."""
+    return [state.stat().st_size, state.stat().st_mtime_ns] if state.exists() else []
 
 
 def weights_file(path: str | Path, flag: str = "ckpt_path") -> Path:

@@ -1,15 +1,18 @@
 """Names of files: data set names with dots stay apart, and each default path is derived from the right one."""
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rq_helpers import plus, points
 
 from minionerec.common.errors import UserError
+from minionerec.common.options import OUTPUT, StageOptions, option
 from rq import rqkmeans_constrained
 from rq.codebooks import read_codebooks
-from rq.files import dataset_name, embeddings_of
+from rq.files import RESULTS, STATE, begin_training, dataset_name, embeddings_of, finish_training
 
 
 @pytest.mark.parametrize(
@@ -51,3 +54,22 @@ def test_data_sets_with_dots_have_codebooks_of_their_own(tmp_path):
     plus(data, tmp_path / "plus", books[1], epochs=1)
     assert len(json.loads((tmp_path / "plus" / "Office.2018.index.json").read_text())) == len(points())
     assert not (tmp_path / "Office.index.json").exists()
+
+
+@dataclass
+class Training(StageOptions):
+    ckpt_dir: str = option("", "folder", role=OUTPUT)
+
+
+def test_a_kill_between_the_record_and_the_state_leaves_no_state(tmp_path, monkeypatch):
+    state, options = tmp_path / STATE, Training(ckpt_dir=str(tmp_path))
+    record = begin_training(options, "rqvae")
+    for name in (*RESULTS, STATE):
+        (tmp_path / name).write_text("made")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            finish_training(record)
+    assert state.exists() and begin_training(options, "rqvae").complete and not state.exists()
+    state.write_text("mine")
+    assert begin_training(options, "rqvae").complete and state.read_text() == "mine"
