@@ -73,7 +73,8 @@ def main() -> int:
         except SignalException as stopped:
             return 128 + stopped.sigval
         except (ChildFailedError, subprocess.CalledProcessError) as failure:
-            lines = dict.fromkeys(path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir()))
+            whole = sorted(Path(folder).glob("[0-9]*"))  # without the file of a process that was ended while it wrote
+            lines = dict.fromkeys(path.read_text(encoding="utf-8") for path in whole)
             if not lines:
                 print(failure, file=sys.stderr)
                 return 1

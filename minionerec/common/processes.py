@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minionerec.common.errors import UserError
+from minionerec.common.files import atomic_file
 from minionerec.common.text import printable
 
 PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent ends
@@ -19,7 +20,10 @@ def report_error(message: str) -> None:
     close_progress_bars()
     line = f"error: {one_line(message)}"
     if os.environ.get(ERRORS):
-        Path(os.environ[ERRORS], os.environ.get("RANK", "0")).write_text(line, encoding="utf-8")
+        with atomic_file(
+            Path(os.environ[ERRORS], os.environ.get("RANK", "0"))
+        ) as f:  # the launcher may end this process now
+            f.write(line)
     else:
         print(line, file=sys.stderr)
 

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
 
 from minionerec.common import launch
+from minionerec.common.processes import ERRORS, report_error
 
 SCRIPT = """
 import os, sys, time
@@ -122,3 +124,21 @@ def test_a_lock_of_a_killed_compiler_is_named(tmp_path, monkeypatch, capsys):
     launch.note_locks()
     assert f"{lock}: a process compiles here" in capsys.readouterr().out
     assert lock.exists()
+
+
+def test_a_process_that_is_ended_while_it_reports_leaves_no_line(monkeypatch, capsys):
+    def start(tool, arguments):
+        folder = Path(os.environ[ERRORS])
+        monkeypatch.setenv("RANK", "0")
+        report_error("no such file")
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setattr(os, "replace", lambda *_: sys.exit("ended"))  # torchrun ends the others when one has failed
+        with pytest.raises(SystemExit):
+            report_error("no such file")
+        (folder / ".1.99.tmp").write_text("error: no s")
+        raise subprocess.CalledProcessError(1, tool)
+
+    monkeypatch.setenv(ERRORS, "")  # which `main` sets
+    monkeypatch.setattr(sys, "argv", ["launch", "torchrun"])
+    monkeypatch.setattr(launch, "start", start)
+    assert launch.main() == 2 and capsys.readouterr().err == "error: no such file\n"
