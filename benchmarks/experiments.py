@@ -55,6 +55,9 @@ class Options:
     sids_dir: str = option("", "folder of data set folders with other SIDs, for runs that name `sids`", role=INPUT)
     output_dir: str = option("", "folder for checkpoints, predictions and logs", role=OUTPUT)
     bases: str = option("", "the plan's base models: name=folder, separated by commas")
+    models: str = option(
+        "", "runs that are scored but not trained, their models lie here: name=folder, separated by commas"
+    )
     category: str = option("", "what the prompts call the items")
     seeds: str = option("", "seeds separated by commas; default: the plan's")
     env: str = option("", "variables for all runs, in place of the plan's: NAME=value, separated by commas")
@@ -86,11 +89,9 @@ def read_plan(options: Options) -> tuple[dict, list[int]]:
                 raise UserError(f"--only {options.only}: no run {name!r} in {path}, expected some of {', '.join(runs)}")
             wanted += [runs[name][key] for key in NEEDS if key in runs[name]]
         runs = {name: settings for name, settings in runs.items() if name in wanted}
-    changed = [part.split("=", 1) for part in options.env.split(",") if part]
-    if wrong := [part[0] for part in changed if len(part) == 1]:
-        raise UserError(f"--env {options.env}: found {wrong[0]!r}, expected NAME=value")
+    changed = pairs("--env", options.env)
     for settings in runs.values():
-        settings["env"] = settings.get("env", {}) | dict(changed)
+        settings["env"] = settings.get("env", {}) | changed
     return runs, [int(seed) for seed in options.seeds.split(",")] if options.seeds else seeds
 
 
@@ -102,11 +103,14 @@ class Experiments:
         for name in runs:
             self.data(name)  # a missing folder is better named now
         self.folder = Path(options.output_dir)
-        self.bases = dict(part.split("=", 1) for part in options.bases.split(",") if "=" in part)
+        self.bases = pairs("--bases", options.bases)
+        self.models = pairs("--models", options.models)
+        if unknown := self.models.keys() - runs.keys():
+            raise UserError(f"--models: no run {unknown.pop()!r}, expected some of {', '.join(runs)}")
 
     def settings(self, name: str) -> dict:
         """All that the plan says of a run, the settings of the runs that it needs included."""
-        own = self.runs[name]
+        own = self.runs[name] | ({"model": self.models[name]} if name in self.models else {})
         return own | {key: self.settings(own[key]) for key in NEEDS if key in own}
 
     def data(self, name: str) -> Files:
@@ -121,6 +125,9 @@ class Experiments:
     def place(self, name: str, seed: int) -> Path:
         return self.folder / f"{name}-{seed}"
 
+    def model(self, name: str, seed: int) -> Path:
+        return Path(self.models.get(name, self.place(name, seed) / "model"))
+
     # ---------------------------------------------------------------------------------------- running
 
     def environment(self, name: str, seed: int) -> dict[str, str]:
@@ -130,15 +137,15 @@ class Experiments:
             "TRAIN_FILE": data.train, "EVAL_FILE": data.valid, "INFO_FILE": data.info, "VALID_FILE": data.valid,
             "TEST_FILE": data.test, "SID_INDEX_PATH": data.index, "ITEM_META_PATH": data.items, "NPROC": 1,
             "CATEGORY": self.options.category, "SEED": seed,
-            "OUTPUT_DIR": self.place(name, seed) / "model", "OVERWRITE": True,
+            "OUTPUT_DIR": self.model(name, seed), "OVERWRITE": True,
         }  # fmt: skip
         if settings["stage"] == "sft":
-            if settings["base"] not in self.bases:
+            if settings["base"] not in self.bases and name not in self.models:
                 raise UserError(f"--bases {self.options.bases}: run {name} needs {settings['base']}=folder")
-            env["BASE_MODEL"] = self.bases[settings["base"]]
+            env["BASE_MODEL"] = self.bases.get(settings["base"], "")
         if settings["stage"] == "rl":
-            env["MODEL_PATH"] = self.place(settings["start"], seed) / "model"
-            env["BASELINE_PATH"] = self.place(settings["baseline"], seed) / "model" if "baseline" in settings else ""
+            env["MODEL_PATH"] = self.model(settings["start"], seed)
+            env["BASELINE_PATH"] = self.model(settings["baseline"], seed) if "baseline" in settings else ""
             env["ACCELERATE_CONFIG"] = "config/ddp.yaml" if _has_gpu() else "config/cpu.yaml"
         sids = str(Path(data.index).parent)
         return {key: str(value).replace("{sids}", sids) for key, value in (env | settings.get("env", {})).items()}
@@ -155,7 +162,8 @@ class Experiments:
             future.result()
         settings, folder, env = self.settings(name), self.place(name, seed), self.environment(name, seed)
         log = folder / "log.txt"
-        self.launch(f"{settings['stage']}.sh", env, log)
+        if name not in self.models:
+            self.launch(f"{settings['stage']}.sh", env, log)
         if settings["stage"] != "sasrec":  # which scores itself
             for split in ("valid", "test"):
                 scoring = {
@@ -190,11 +198,11 @@ class Experiments:
         if read_record(folder / "settings.json") != json.loads(json.dumps(self.settings(name))):
             return None
         if self.runs[name]["stage"] == "sasrec":
-            scores = read_json(folder / "model" / "metrics.json", "output_dir")
+            scores = read_json(self.model(name, seed) / "metrics.json", "output_dir")
             parts = {"valid": scores["valid"], "test": by_item(scores)}
         else:
             parts = {s: by_item(read_json(folder / f"{s}.metrics.json", "output_dir")) for s in ("valid", "test")}
-        return parts | {"seconds": read_record(folder / "model" / RECORD).get("seconds", 0)}
+        return parts | {"seconds": read_record(self.model(name, seed) / RECORD).get("seconds", 0)}
 
     def table(self) -> str:
         """Mean and standard deviation over seeds, in units of 1e-4, one line per run."""
@@ -247,6 +255,14 @@ class Experiments:
         with np.load(place / f"{split}.ranks.npz") as arrays:
             distinct, inverse = np.unique(arrays[f"{protocol}_item"], return_inverse=True)
         return np.array([list(metrics.table(np.array([rank])).values()) for rank in distinct])[inverse]
+
+
+def pairs(name: str, text: str) -> dict[str, str]:
+    """The option `name` with the value "a=b,c=d" as {"a": "b", "c": "d"}."""
+    parts = [part.split("=", 1) for part in text.split(",") if part]
+    if wrong := [part[0] for part in parts if len(part) == 1]:
+        raise UserError(f"{name} {text}: found {wrong[0]!r}, expected name=value")
+    return dict(parts)
 
 
 def by_item(scores: dict) -> dict[str, float]:

@@ -92,7 +92,28 @@ def test_variables_for_all_runs(options, launched):
     given = {script: (env["NUM_EPOCHS"], env["SFT_TASKS"]) for script, env in launched}
     assert given["sft.sh"] == given["rl.sh"] == ("3", "sid_seq")
     options.env = "NUM_EPOCHS"
-    with pytest.raises(UserError, match="--env NUM_EPOCHS: found 'NUM_EPOCHS', expected NAME=value"):
+    with pytest.raises(UserError, match="--env NUM_EPOCHS: found 'NUM_EPOCHS', expected name=value"):
+        experiments.main(options)
+
+
+def test_given_models_are_scored_but_not_trained(options, launched, tmp_path, capsys):
+    options.models, options.only, options.seeds = f"sft={tmp_path / 'sft'},gru={tmp_path / 'gru'}", "rule", "1"
+    (tmp_path / "gru").mkdir()
+    table = {f"{m}@{k}": 0.5 for m in ("HR", "NDCG") for k in (1, 3, 5, 10, 20, 50)}
+    scores = {"item": table, "unseen": {"item": table}, "headline": "unseen", "valid": table}
+    (tmp_path / "gru" / "metrics.json").write_text(json.dumps(scores))
+    experiments.main(options)
+    assert [script for script, _ in launched] == ["evaluate.sh"] * 2 + ["rl.sh"] + ["evaluate.sh"] * 2
+    rl = next(env for script, env in launched if script == "rl.sh")
+    assert (rl["MODEL_PATH"], rl["BASELINE_PATH"]) == (str(tmp_path / "sft"), str(tmp_path / "gru"))
+    assert {env["BASE_MODEL"] for _, env in launched[:2]} == {str(tmp_path / "sft")}
+    out = capsys.readouterr().out
+    assert "| gru | 1 | 5000 |" in out and "| rule minus sft | +0 " in out
+    options.models = "sft"
+    with pytest.raises(UserError, match="--models sft: found 'sft', expected name=value"):
+        experiments.main(options)
+    options.models = "few=x"
+    with pytest.raises(UserError, match="--models: no run 'few', expected some of rule, sft, gru"):
         experiments.main(options)
 
 
