@@ -52,6 +52,7 @@ def launched(monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         if script == "evaluate.sh":
             path = Path(env["RESULT_JSON_DATA"])
+            log.parent.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".metrics.json").write_text(json.dumps(scores))
             np.savez(path.with_suffix(".ranks.npz"), unseen_item=[0 if "rule" in env["OUTPUT_DIR"] else 2, MISSED])
         else:
@@ -108,7 +109,7 @@ def test_given_models_are_scored_but_not_trained(options, launched, tmp_path, ca
     assert (rl["MODEL_PATH"], rl["BASELINE_PATH"]) == (str(tmp_path / "sft"), str(tmp_path / "gru"))
     assert {env["BASE_MODEL"] for _, env in launched[:2]} == {str(tmp_path / "sft")}
     out = capsys.readouterr().out
-    assert "| gru | 1 | 5000 |" in out and "| rule minus sft | +0 " in out
+    assert "| gru | 1 | 5000 |" in out and "| rule minus sft | +2500 " in out
     options.models = "sft"
     with pytest.raises(UserError, match="--models sft: found 'sft', expected name=value"):
         experiments.main(options)
