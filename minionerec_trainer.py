@@ -42,7 +42,7 @@ from minionerec.decoding.tree_attention import require_tree_attention
 from minionerec.evaluation import metrics
 from minionerec.evaluation.validation import Validation, model_for_search
 from minionerec.language_model.adapters import merged_weights
-from minionerec.language_model.checkpoints import begin_checkpoint, resuming
+from minionerec.language_model.numbered_checkpoints import begin_checkpoint, resuming
 
 DRAWN = 1.5  # completions that dynamic sampling draws for each one that it keeps
 MEAN_OVER_ROWS = ("grpo", "sapo", "dr_grpo", "luspo")  # losses of TRL that divide by rows, masked ones included

@@ -452,7 +452,7 @@ def main(options: Options) -> None:
         return
 
     from minionerec.decoding.rollout import start_rollout
-    from minionerec.language_model.checkpoints import KeepCheckpoints, remove_checkpoints, resume_point
+    from minionerec.language_model.numbered_checkpoints import KeepCheckpoints, remove_checkpoints, resume_point
 
     settings = settings_of(options)
     data, protocol = read_data(options, settings.max_history)

@@ -384,7 +384,7 @@ def main(options: Options) -> None:
     from transformers import set_seed
 
     from data import Prompts
-    from minionerec.language_model import checkpoints, memory
+    from minionerec.language_model import checkpoints, memory, numbered_checkpoints
     from minionerec.language_model.batches import EpochOrder
 
     # ---- data and model
@@ -402,8 +402,8 @@ def main(options: Options) -> None:
     # ---- training
     settings = checkpoints.Settings(options.category, options.max_history, options.train_space)
     given = options.resume_from_checkpoint
-    resumed_from = on_main_process(lambda: checkpoints.resume_point(options.output_dir, given, record))
-    keep = checkpoints.KeepCheckpoints(prompts.path, settings, resumed_from, record.record)
+    resumed_from = on_main_process(lambda: numbered_checkpoints.resume_point(options.output_dir, given, record))
+    keep = numbered_checkpoints.KeepCheckpoints(prompts.path, settings, resumed_from, record.record)
     trainer = build_trainer(options, args, data, model, tokenizer, lines, order, validation, keep)
     trainer.train(resume_from_checkpoint=resumed_from)
 
@@ -413,7 +413,7 @@ def main(options: Options) -> None:
     if args.process_index == 0:
         model_card.write(record, base_model="" if options.train_from_scratch else options.base_model)
         record.finish()
-        checkpoints.remove_checkpoints(options.output_dir, record.record, keep=[given])
+        numbered_checkpoints.remove_checkpoints(options.output_dir, record.record, keep=[given])
         best = trainer.state
         name = args.metric_for_best_model.removeprefix("eval_")
         say(f"best valid {name} {best.best_metric:.4f}, at step {best.best_global_step}")

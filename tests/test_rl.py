@@ -26,8 +26,8 @@ from minionerec.baselines.models import MODELS
 from minionerec.common.errors import UserError
 from minionerec.common.options import arguments_from_variables, parse
 from minionerec.evaluation import predictions
-from minionerec.language_model import checkpoints, sid_sequences, tokenizing
-from minionerec.language_model.checkpoints import Settings, save
+from minionerec.language_model import numbered_checkpoints, sid_sequences, tokenizing
+from minionerec.language_model.checkpoints import Settings, load_settings, save
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -85,7 +85,7 @@ class Killed(Exception):
 
 def killed(options, saves: int = 1) -> Path:
     """The folder of a run that died after `saves` checkpoints."""
-    usual, count = checkpoints.KeepCheckpoints.on_save, iter(range(1, 100))
+    usual, count = numbered_checkpoints.KeepCheckpoints.on_save, iter(range(1, 100))
 
     def on_save(self, *args, **kwargs):
         usual(self, *args, **kwargs)
@@ -93,7 +93,7 @@ def killed(options, saves: int = 1) -> Path:
             raise Killed
 
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Killed):
-        monkeypatch.setattr(checkpoints.KeepCheckpoints, "on_save", on_save)
+        monkeypatch.setattr(numbered_checkpoints.KeepCheckpoints, "on_save", on_save)
         rl.main(options)
     return Path(options.output_dir)
 
@@ -345,7 +345,7 @@ def test_run(options, start, world, reward_files, tmp_path, settings):
     log = [json.loads(line) for line in (tmp_path / "rl" / "log.jsonl").read_text().splitlines()]
     assert any("kl" in entry or "reward" in entry for entry in log) and any("eval_NDCG@10" in entry for entry in log)
     stored = SETTINGS._replace(space=settings.get("space", "vocab"))
-    assert checkpoints.load_settings(tmp_path / "rl") == stored
+    assert load_settings(tmp_path / "rl") == stored
     files = {"base_model": tmp_path / "rl", "test_data_path": world.test, "info_file": world.info}
     scored = evaluate.Options(
         **{k: str(v) for k, v in files.items()}, num_beams=10, result_json_data=str(tmp_path / "p.json")
@@ -362,7 +362,7 @@ def test_the_start_is_kept_unless_an_evaluation_improves(
     rl.main(options(space="catalog", keep_start=keep_start))
     kept = keep_start and not improves
     assert equal_weights(start, tmp_path / "rl") == kept == ("no evaluation improves" in capsys.readouterr().out)
-    assert checkpoints.load_settings(tmp_path / "rl").space == "catalog"
+    assert load_settings(tmp_path / "rl").space == "catalog"
     assert not list((tmp_path / "rl").glob("checkpoint-*"))
 
 
@@ -434,7 +434,7 @@ def test_a_killed_run_resumes_with_other_options_of_logging(options, tmp_path, s
     kept = {path.name for path in folder.glob("checkpoint-*")}
     assert "checkpoint-3" in kept and not (folder / "model.safetensors").exists()
     for name in kept:  # each can be evaluated as it is
-        assert checkpoints.load_settings(folder / name) == SETTINGS
+        assert load_settings(folder / name) == SETTINGS
         assert (folder / name / "prompt.yaml").read_text() == (ROOT / "config" / "prompt.yaml").read_text()
     with pytest.raises(UserError, match="beta is 0.04 there and 0.1 now"):
         rl.main(options("killed", **settings, beta=0.1))

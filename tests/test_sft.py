@@ -30,7 +30,8 @@ from data import Prompts
 from minionerec.catalog.items import Items
 from minionerec.common.devices import use_one_gpu
 from minionerec.common.errors import UserError
-from minionerec.language_model import checkpoints, sft_trainer
+from minionerec.language_model import numbered_checkpoints, sft_trainer
+from minionerec.language_model.checkpoints import Settings, load_settings
 from rq.codebooks import CodebookFile, write_codebooks
 
 
@@ -65,14 +66,14 @@ class Killed(Exception):
 
 def kill_after(monkeypatch, saves: int):
     """A run dies when it has written `saves` checkpoints."""
-    usual, count = checkpoints.KeepCheckpoints.on_save, iter(range(1, 100))
+    usual, count = numbered_checkpoints.KeepCheckpoints.on_save, iter(range(1, 100))
 
     def on_save(self, *args, **kwargs):
         usual(self, *args, **kwargs)
         if next(count) == saves:
             raise Killed
 
-    monkeypatch.setattr(checkpoints.KeepCheckpoints, "on_save", on_save)
+    monkeypatch.setattr(numbered_checkpoints.KeepCheckpoints, "on_save", on_save)
 
 
 def killed(options, saves: int = 2) -> Path:
@@ -202,7 +203,7 @@ def test_a_checkpoint_is_whole(sft_checkpoint, base_model):
     assert {"config.json", "model.safetensors", "tokenizer.json", "prompt.yaml", "minionerec.json", "run.json"} <= names
     assert {"README.md", "log.jsonl"} <= names
     assert not any(name.startswith("checkpoint-") for name in names)
-    assert checkpoints.load_settings(sft_checkpoint) == checkpoints.Settings("Toys_and_Games", 10, "vocab")
+    assert load_settings(sft_checkpoint) == Settings("Toys_and_Games", 10, "vocab")
     tokenizer = AutoTokenizer.from_pretrained(sft_checkpoint)
     model = AutoModelForCausalLM.from_pretrained(sft_checkpoint)
     assert len(tokenizer("<a_3><b_0><c_2>")["input_ids"]) == 3
@@ -273,18 +274,18 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(options, tmp_path
     sft.main(options("whole"))
     folder = killed(options("killed"))
     assert not (folder / "model.safetensors").exists()
-    for checkpoint in checkpoints.numbered_checkpoints(folder):
-        assert checkpoints.load_settings(checkpoint).category == "Toys_and_Games"
+    for checkpoint in numbered_checkpoints.list_checkpoints(folder):
+        assert load_settings(checkpoint).category == "Toys_and_Games"
         assert (checkpoint / "prompt.yaml").read_bytes() == sft.TEMPLATE.read_bytes()
     sft.main(options("killed"))
     assert_equal_weights(tmp_path / "whole", folder)
-    assert not checkpoints.numbered_checkpoints(folder)
+    assert not numbered_checkpoints.list_checkpoints(folder)
 
 
 def test_a_resume_takes_whole_checkpoints_of_this_run_and_leaves_the_others(options, tmp_path, capsys):
     sft.main(options("whole"))
     folder = killed(options("killed"), saves=3)
-    newest = checkpoints.numbered_checkpoints(folder)[-1]
+    newest = numbered_checkpoints.list_checkpoints(folder)[-1]
     for name in ("checkpoint-3", "checkpoint-7"):
         shutil.copytree(newest, folder / name)
     (folder / "checkpoint-99999").mkdir()
@@ -294,7 +295,7 @@ def test_a_resume_takes_whole_checkpoints_of_this_run_and_leaves_the_others(opti
     assert f"{newest} is not complete (optimizer.pt is missing) and is not used" in printed
     assert "checkpoint-99999 was not made by this run" in printed
     assert_equal_weights(tmp_path / "whole", folder)
-    assert [path.name for path in checkpoints.numbered_checkpoints(folder)] == [
+    assert [path.name for path in numbered_checkpoints.list_checkpoints(folder)] == [
         "checkpoint-3",
         "checkpoint-7",
         "checkpoint-99999",
@@ -302,7 +303,7 @@ def test_a_resume_takes_whole_checkpoints_of_this_run_and_leaves_the_others(opti
 
 
 def test_a_checkpoint_of_a_run_with_other_settings_is_refused(options, tmp_path):
-    given = str(checkpoints.numbered_checkpoints(killed(options("k")))[-1])
+    given = str(numbered_checkpoints.list_checkpoints(killed(options("k")))[-1])
     before = {path: path.read_bytes() for path in (tmp_path / "k").rglob("*") if path.is_file()}
     for change, message in (({"num_epochs": 1}, "num_epochs is 2 there and 1 now"), ({"use_lora": True}, "use_lora")):
         with pytest.raises(UserError, match=rf"--resume_from_checkpoint .*: its run was another one \({message}"):
@@ -319,7 +320,7 @@ def test_options_that_do_not_shape_the_result_resume(options, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tensorboard").mkdir()
     folder = killed(options(report_to="none"))
-    before = {path.name for path in checkpoints.numbered_checkpoints(folder)}
+    before = {path.name for path in numbered_checkpoints.list_checkpoints(folder)}
     assert before
     (tmp_path / "tensorboard" / "log").write_text("changed")
     more = {"micro_batch_size": 2, "gradient_checkpointing": True, "cache_dir": "", "wandb_run_name": "tensorboard"}
@@ -341,21 +342,21 @@ def test_options_that_do_not_shape_the_result_resume(options, tmp_path, monkeypa
 
 def test_a_run_with_other_settings_keeps_the_checkpoints_of_the_first(options, tmp_path):
     folder = killed(options())
-    before = [path.name for path in checkpoints.numbered_checkpoints(folder)]
+    before = [path.name for path in numbered_checkpoints.list_checkpoints(folder)]
     with pytest.raises(UserError, match="learning_rate is 0.005 there and 0.001 now"):
         sft.main(options(learning_rate=1e-3))
-    assert [path.name for path in checkpoints.numbered_checkpoints(folder)] == before
+    assert [path.name for path in numbered_checkpoints.list_checkpoints(folder)] == before
     sft.main(options(learning_rate=1e-3, overwrite=True))
-    moved = checkpoints.numbered_checkpoints(tmp_path / "sft.1")
-    assert [path.name for path in moved] == before and all(map(checkpoints.is_complete, moved))
+    moved = numbered_checkpoints.list_checkpoints(tmp_path / "sft.1")
+    assert [path.name for path in moved] == before and all(map(numbered_checkpoints.is_complete, moved))
 
 
 def test_the_checkpoint_that_a_run_was_resumed_from_stays(options):
     folder = killed(options(), saves=1)
-    first = str(checkpoints.numbered_checkpoints(folder)[-1])
+    first = str(numbered_checkpoints.list_checkpoints(folder)[-1])
     sft.main(options(resume_from_checkpoint=first))
-    assert [str(path) for path in checkpoints.numbered_checkpoints(folder)] == [first]
-    assert checkpoints.is_complete(first) and (folder / "model.safetensors").exists()
+    assert [str(path) for path in numbered_checkpoints.list_checkpoints(folder)] == [first]
+    assert numbered_checkpoints.is_complete(first) and (folder / "model.safetensors").exists()
 
 
 def test_early_stopping_remembers_its_patience(options, monkeypatch):
@@ -447,7 +448,7 @@ def test_sft_under_deepspeed_is_killed_and_resumes(world, base_model, tmp_path, 
     run_stage("sft.sh", env=environment("whole"))
     killed_midway("sft.sh", environment("killed"), tmp_path / "killed")
     assert (
-        checkpoints.numbered_checkpoints(tmp_path / "killed")
+        numbered_checkpoints.list_checkpoints(tmp_path / "killed")
         and not (tmp_path / "killed" / "model.safetensors").exists()
     )
     run_stage("sft.sh", env=environment("killed"))

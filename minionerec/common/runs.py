@@ -55,7 +55,9 @@ from minionerec.common.tracking import LOG_FILE
 
 ROOT = Path(__file__).parents[2]
 RECORD = "run.json"
-MANIFEST = "manifest.json"  # of a checkpoint-N: which run made it, of which files (language_model/checkpoints.py)
+MANIFEST = (
+    "manifest.json"  # of a checkpoint-N: which run made it, of which files (language_model/numbered_checkpoints.py)
+)
 PACKAGES = (
     "torch",
     "transformers",

@@ -25,7 +25,8 @@ from minionerec.common.processes import on_main_process
 from minionerec.decoding.lm_head import LMHead
 from minionerec.language_model.batches import IGNORED, EpochOrder
 from minionerec.language_model.catalog_loss import SidTokens, catalog_loss
-from minionerec.language_model.checkpoints import begin_checkpoint, resuming, writing
+from minionerec.language_model.checkpoints import writing
+from minionerec.language_model.numbered_checkpoints import begin_checkpoint, resuming
 from minionerec.language_model.regularization import MovingAverage
 
 

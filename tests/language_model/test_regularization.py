@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 from minionerec.common.errors import UserError
 from minionerec.language_model.adapters import add_lora
 from minionerec.language_model.batches import Collator, EpochOrder, Lines
-from minionerec.language_model.checkpoints import is_complete
+from minionerec.language_model.numbered_checkpoints import is_complete
 from minionerec.language_model.regularization import WEIGHTS, MovingAverage, add_dropout
 from minionerec.language_model.sft_trainer import SFTTrainer
 
