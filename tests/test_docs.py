@@ -441,6 +441,19 @@ def test_readme_results_are_those_of_results():
     assert table_under(README, "Results") == table_under(RESULTS, "Quickstart")
 
 
+def test_the_recipe_of_the_rl_page_is_that_of_its_launcher():
+    launcher = (ROOT / "rl.sh").read_text(encoding="utf-8")
+    defaults = dict(re.findall(r"^(\w+)=\$\{.*:-([\w.-]*)\}+", launcher, re.MULTILINE))
+    page = (ROOT / "docs" / "rl.md").read_text(encoding="utf-8")
+    lines = page.split("## The recipe of rl.sh")[1].split("\n\n")[1].splitlines()[2:]
+    found = {}
+    for names, values in (line.split(" | ")[:2] for line in lines):
+        found |= dict(zip(re.findall(r"`(\w+)`", names), values.replace("`", "").split(", "), strict=True))
+    assert found["EVAL_ROWS"] == "all" and defaults["EVAL_ROWS"] == "-1" and len(found) == 8
+    assert float(found.pop("BETA")) == float(defaults["BETA"])
+    assert {name: value for name, value in found.items() if defaults[name] != value} == {"EVAL_ROWS": "all"}
+
+
 def test_quickstart_table_is_in_the_raw_results():
     with open(ROOT / "results" / "run_sh.csv", newline="") as f:
         rows = [row for row in csv.DictReader(f) if row["data"] == "MovieLens-100K"]
