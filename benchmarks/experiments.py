@@ -5,7 +5,7 @@
 
 A plan names its runs. Each is a launcher with variables (`env`), and these keys:
 
-    base       SFT: a model of --bases
+    base       SFT: a model of --bases. A run of --models has its model already
     start      RL: the run whose checkpoint it begins with
     baseline   RL: the run whose model its reward uses
     sids       a folder of --sids_dir: the data with other SIDs (benchmarks/sid_variants.py). Its path replaces {sids}
@@ -56,7 +56,7 @@ class Options:
     output_dir: str = option("", "folder for checkpoints, predictions and logs", role=OUTPUT)
     bases: str = option("", "the plan's base models: name=folder, separated by commas")
     models: str = option(
-        "", "runs that are scored but not trained, their models lie here: name=folder, separated by commas"
+        "", "runs that are scored but not trained: name=folder of the model, for all seeds, separated by commas"
     )
     category: str = option("", "what the prompts call the items")
     seeds: str = option("", "seeds separated by commas; default: the plan's")
@@ -105,8 +105,11 @@ class Experiments:
         self.folder = Path(options.output_dir)
         self.bases = pairs("--bases", options.bases)
         self.models = pairs("--models", options.models)
-        if unknown := self.models.keys() - runs.keys():
-            raise UserError(f"--models: no run {unknown.pop()!r}, expected some of {', '.join(runs)}")
+        for name, folder in self.models.items():
+            if name not in runs:
+                raise UserError(f"--models: no run {name!r}, expected some of {', '.join(runs)}")
+            needed = "metrics.json" if runs[name]["stage"] == "sasrec" else "config.json"
+            require_file(str(Path(folder) / needed), "models")
 
     def settings(self, name: str) -> dict:
         """All that the plan says of a run, the settings of the runs that it needs included."""

@@ -55,9 +55,7 @@ from minionerec.common.tracking import LOG_FILE
 
 ROOT = Path(__file__).parents[2]
 RECORD = "run.json"
-MANIFEST = (
-    "manifest.json"  # of a checkpoint-N: which run made it, of which files (language_model/numbered_checkpoints.py)
-)
+MANIFEST = "manifest.json"  # of a checkpoint-N (language_model/numbered_checkpoints.py): its run and its files
 PACKAGES = (
     "torch",
     "transformers",

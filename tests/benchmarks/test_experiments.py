@@ -99,7 +99,9 @@ def test_variables_for_all_runs(options, launched):
 
 def test_given_models_are_scored_but_not_trained(options, launched, tmp_path, capsys):
     options.models, options.only, options.seeds = f"sft={tmp_path / 'sft'},gru={tmp_path / 'gru'}", "rule", "1"
-    (tmp_path / "gru").mkdir()
+    for name in ("sft", "gru"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "sft" / "config.json").write_text("{}")
     table = {f"{m}@{k}": 0.5 for m in ("HR", "NDCG") for k in (1, 3, 5, 10, 20, 50)}
     scores = {"item": table, "unseen": {"item": table}, "headline": "unseen", "valid": table}
     (tmp_path / "gru" / "metrics.json").write_text(json.dumps(scores))
@@ -112,6 +114,9 @@ def test_given_models_are_scored_but_not_trained(options, launched, tmp_path, ca
     assert "| gru | 1 | 5000 |" in out and "| rule minus sft | +2500 " in out
     options.models = "sft"
     with pytest.raises(UserError, match="--models sft: found 'sft', expected name=value"):
+        experiments.main(options)
+    options.models = f"gru={tmp_path / 'nowhere'}"
+    with pytest.raises(UserError, match="nowhere/metrics.json: no such file or folder; check --models"):
         experiments.main(options)
     options.models = "few=x"
     with pytest.raises(UserError, match="--models: no run 'few', expected some of rule, sft, gru"):
