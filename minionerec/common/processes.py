@@ -20,9 +20,8 @@ def report_error(message: str) -> None:
     close_progress_bars()
     line = f"error: {one_line(message)}"
     if os.environ.get(ERRORS):
-        with atomic_file(
-            Path(os.environ[ERRORS], os.environ.get("RANK", "0"))
-        ) as f:  # the launcher may end this process now
+        path = Path(os.environ[ERRORS], os.environ.get("RANK", "0"))
+        with atomic_file(path) as f:  # the launcher may end this process now
             f.write(line)
     else:
         print(line, file=sys.stderr)
