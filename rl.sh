@@ -34,7 +34,7 @@ ROLLOUT=${ROLLOUT:-}                          # vllm: the groups are generated b
 REWARD_TYPE=${REWARD_TYPE:-dense}             # has a signal in nearly every group; largest mean gain on valid of three data sets
 REWARD_WEIGHTS=${REWARD_WEIGHTS:-}            # 1,0.5: a weight per reward
 REWARD_MODULE=${REWARD_MODULE:-}              # path.py:name, your own reward
-SCALE_REWARDS=${SCALE_REWARDS:-group}         # none for REWARD_TYPE=sasrec, whose unit is nats: the deviation inflates small gaps
+SCALE_REWARDS=${SCALE_REWARDS:-}              # none for REWARD_TYPE=sasrec, whose unit is nats: the deviation inflates small gaps
 BASELINE_PATH=${BASELINE_PATH:-${CF_PATH:-}}  # folder of a baseline that sasrec.sh trained
 ADA_PATH=${ADA_PATH:-}                        # item embeddings, for REWARD_TYPE semantic
 
