@@ -14,10 +14,18 @@ from helpers import ROOT, forked_python, run_stage, sft_environment, write_world
 STARTED, MOST_SECONDS = time.monotonic(), float(os.environ.get("TEST_SECONDS", "inf"))
 
 
+def is_long(item) -> bool:
+    return any(map(item.get_closest_marker, ("slow", "distributed")))
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests first: workers that are done take short ones from each other, so that none waits for a long one."""
+    items.sort(key=lambda item: not is_long(item))
+
+
 def pytest_runtest_setup(item):
-    """After TEST_SECONDS, slow and distributed tests are skipped, and pytest names them: CI ends after half an hour."""
-    late = time.monotonic() - STARTED > MOST_SECONDS
-    if late and any(map(item.get_closest_marker, ("slow", "distributed"))):
+    """After TEST_SECONDS, long tests are skipped, and pytest names them: CI ends after half an hour."""
+    if is_long(item) and time.monotonic() - STARTED > MOST_SECONDS:
         pytest.skip(f"TEST_SECONDS={MOST_SECONDS:.0f} are over")
 
 

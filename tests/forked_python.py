@@ -28,7 +28,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ["torch", "polars", "scipy.sparse", "sklearn.cluster", "faiss", "matplotlib.pyplot", "transformers", "peft"]
-HEAVY += ["trl", "accelerate", "k_means_constrained", "safetensors.torch", "tokenizers", "sentence_transformers"]
+HEAVY += ["trl.trainer.grpo_trainer", "accelerate", "k_means_constrained", "safetensors.torch", "tokenizers"]
+HEAVY += ["sentence_transformers", "deepspeed", "torch._inductor.compile_fx"]  # the last by DeepSpeed as it starts
 HEAVY += ["transformers.models.qwen2.modeling_qwen2", "transformers.models.bert.modeling_bert", "datasets"]
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
@@ -60,7 +61,7 @@ class ForkedPython:
         self.process = subprocess.Popen(
             [sys.executable, __file__, self.folder], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
-        assert self.process.stdout.readline() == b"ready\n"
+        assert b"ready\n" in iter(self.process.stdout.readline, b"")  # after what the packages print
 
     def run(self, arguments: list, log: Path, kill_after: float | None = None) -> tuple[int, float]:
         """(exit status, seconds) of `python arguments…` on one thread; -9 if it was killed after so many seconds."""
