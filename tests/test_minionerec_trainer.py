@@ -659,6 +659,7 @@ class FixedRanks(SimpleNamespace):
 START = [5] * 100 + [100] * 100  # HR@10 is 0.5
 NOISE = [0] * 10 + [5] * 88 + [100] * 102  # HR@1 rises; 2 of 200 hits are lost: within the interval
 LOSS = [0] * 50 + [100] * 150  # HR@1 rises more, at the cost of 50 hits
+GAIN = [0] * 100 + [100] * 100
 TOP_LOSS = [5] * 150 + [100] * 50  # HR@10 rises from 0.5 to 0.75 at the cost of 20 hits at the first place
 TOP_START = [0] * 20 + [5] * 80 + [100] * 100
 
@@ -668,6 +669,7 @@ TOP_START = [0] * 20 + [5] * 80 + [100] * 100
     [
         ("HR@1", (START, NOISE, LOSS), True, 0.05),
         ("HR@1", (START, NOISE, LOSS), False, 0.25),
+        ("HR@1", (START, LOSS, GAIN), True, 0.5),
         ("HR@10", (TOP_START, TOP_START, TOP_LOSS), True, 0.5),
         ("HR@10", (TOP_START, TOP_START, TOP_LOSS), False, 0.75),
     ],

@@ -354,13 +354,16 @@ def test_run(options, start, world, reward_files, tmp_path, settings):
     assert json.loads((tmp_path / "p.metrics.json").read_text())["space"] == stored.space
 
 
-@pytest.mark.parametrize("improves, keep_start", [(False, True), (False, False), (True, True)])
+LATER = {"better": lambda step: step, "equal": lambda step: 0.5, "worse": lambda step: 1 / (1 + step)}
+
+
+@pytest.mark.parametrize("later, keep_start", [("worse", True), ("worse", False), ("equal", True), ("better", True)])
 def test_the_start_is_kept_unless_an_evaluation_improves(
-    options, start, tmp_path, monkeypatch, capsys, improves, keep_start
+    options, start, tmp_path, monkeypatch, capsys, later, keep_start
 ):
-    set_metric(monkeypatch, lambda step: step if improves else 1 / (1 + step))
+    set_metric(monkeypatch, LATER[later])
     rl.main(options(space="catalog", keep_start=keep_start))
-    kept = keep_start and not improves
+    kept = keep_start and later != "better"
     assert equal_weights(start, tmp_path / "rl") == kept == ("no evaluation improves" in capsys.readouterr().out)
     assert load_settings(tmp_path / "rl").space == "catalog"
     assert not list((tmp_path / "rl").glob("checkpoint-*"))

@@ -72,18 +72,30 @@ QUICKSTART = [
     ("convert_dataset.sh", {"DATASET_NAME": "ml-100k", "OUTPUT_DIR": f"{OUT}/raw"}),
     ("sasrec.sh", {"MODEL": "popularity", "OUTPUT_DIR": f"{OUT}/popularity"}),
     ("sasrec.sh", {"MODEL": "markov", "VALID_FILE": f"{OUT}/raw/valid/ml-100k.csv"}),
-    ("sasrec.sh", {"MODEL": "sasrec", "TRAIN_FILE": f"{OUT}/raw/train/ml-100k.csv"}),
+    ("sasrec.sh", {
+        "MODEL": "sasrec", "TRAIN_FILE": f"{OUT}/raw/train/ml-100k.csv", "VALID_FILE": f"{OUT}/raw/valid/ml-100k.csv",
+        "TEST_FILE": f"{OUT}/raw/test/ml-100k.csv",
+    }),
     ("rq.fuse_embeddings", {"BASELINE_PATH": f"{OUT}/sasrec", "OUTPUT_FILE": f"{OUT}/raw/ml-100k.emb-fused-td.npy"}),
     ("rqkmeans_constrained.sh", {"DATA_PATH": f"{OUT}/raw/ml-100k.emb-fused-td.npy"}),
     ("convert_dataset.sh", {"CSV_DIR": f"{OUT}/raw", "OUTPUT_DIR": f"{OUT}/data"}),
     ("minionerec.language_model.base_model", {"KIND": "tiny", "OUTPUT_DIR": f"{OUT}/base"}),
     ("sft.sh", {
         "BASE_MODEL": f"{OUT}/base", "TRAIN_FROM_SCRATCH": "True", "TRAIN_FILE": f"{OUT}/data/train/ml-100k.csv",
-        "SFT_TASKS": "sid_seq", "OUTPUT_DIR": f"{OUT}/sft",
+        "EVAL_FILE": f"{OUT}/data/valid/ml-100k.csv", "SFT_TASKS": "sid_seq", "OUTPUT_DIR": f"{OUT}/sft",
     }),
-    ("evaluate.sh", {"BASE_MODEL": f"{OUT}/sft", "RESULT_JSON_DATA": f"{OUT}/sft.json"}),
-    ("rl.sh", {"MODEL_PATH": f"{OUT}/sft", "BASELINE_PATH": f"{OUT}/sasrec", "OUTPUT_DIR": f"{OUT}/rl"}),
-    ("evaluate.sh", {"BASE_MODEL": f"{OUT}/rl", "RESULT_JSON_DATA": f"{OUT}/rl.json"}),
+    ("evaluate.sh", {
+        "BASE_MODEL": f"{OUT}/sft", "TEST_DATA_PATH": f"{OUT}/data/test/ml-100k.csv",
+        "RESULT_JSON_DATA": f"{OUT}/sft.json",
+    }),
+    ("rl.sh", {
+        "MODEL_PATH": f"{OUT}/sft", "BASELINE_PATH": f"{OUT}/sasrec", "OUTPUT_DIR": f"{OUT}/rl",
+        "TRAIN_FILE": f"{OUT}/data/train/ml-100k.csv", "EVAL_FILE": f"{OUT}/data/valid/ml-100k.csv",
+    }),
+    ("evaluate.sh", {
+        "BASE_MODEL": f"{OUT}/rl", "TEST_DATA_PATH": f"{OUT}/data/test/ml-100k.csv", "RESULT_JSON_DATA": f"{OUT}/rl.json",
+        "ARGUMENTS": f"--blend_path|{OUT}/sasrec|{OUT}/markov|--blend_valid_file|{OUT}/data/valid/ml-100k.csv|",
+    }),
 ]  # fmt: skip
 
 
@@ -225,7 +237,17 @@ def test_a_folder_that_is_no_data_set(project, files, message):
 
 @pytest.mark.parametrize(
     "items, shape",
-    [(1, "2 2"), (12, "2 3"), (100, "16 2"), (400, "64 2"), (1682, "256 2"), (4096, "256 2"), (4097, "256 3")],
+    [
+        (1, "2 2"),
+        (12, "2 3"),
+        (90, "8 3"),
+        (100, "16 2"),
+        (150, "16 3"),
+        (400, "64 2"),
+        (1682, "256 2"),
+        (4096, "256 2"),
+        (4097, "256 3"),
+    ],
 )
 def test_codes_and_levels_follow_the_number_of_items(tmp_path, items, shape):
     """At least six items in each cluster of the first level; two levels where it has at most 16 and SIDs suffice."""

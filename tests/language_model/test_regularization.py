@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 
 from minionerec.common.errors import UserError
 from minionerec.language_model.adapters import add_lora
-from minionerec.language_model.batches import Collator, EpochOrder, Lines
+from minionerec.language_model.batches import IGNORED, Collator, EpochOrder, Lines
 from minionerec.language_model.numbered_checkpoints import is_complete
 from minionerec.language_model.regularization import WEIGHTS, MovingAverage, add_dropout
 from minionerec.language_model.sft_trainer import SFTTrainer
@@ -207,7 +207,7 @@ class Past(TrainerCallback):
     on_step_end = on_train_begin
 
 
-def trainer_of(folder, model, **arguments) -> tuple[SFTTrainer, Past]:
+def trainer_of(folder, model, smoothing=0.0, **arguments) -> tuple[SFTTrainer, Past]:
     """6 steps, with a checkpoint and an evaluation after 3 and 6."""
     lines, past = Lines(random_rows()), Past()
     args = TrainingArguments(
@@ -218,6 +218,7 @@ def trainer_of(folder, model, **arguments) -> tuple[SFTTrainer, Past]:
     trainer = SFTTrainer(
         model=model, args=args, train_dataset=lines, eval_dataset=lines, data_collator=Collator(0),
         order=EpochOrder(lines.lengths, 8, 1, by_length=True), callbacks=[past], average=0.6,
+        smoothing=smoothing,
     )  # fmt: skip
     return trainer, past
 
@@ -238,6 +239,16 @@ def test_the_average_is_evaluated_and_saved_and_the_weights_are_trained(tmp_path
         assert loss == pytest.approx(plain_loss(model, random_rows()), abs=1e-5)
     assert losses[1] < losses[0]
     assert_equal(weights_of(trainer.model), by_formula(past.weights, 0.6))  # the best checkpoint's
+
+
+def test_label_smoothing_is_in_the_trained_loss_alone(tmp_path):
+    trainer, _ = trainer_of(tmp_path, without_dropout("qwen2"), smoothing=0.2)
+    batch = Collator(0)([trainer.train_dataset[row] for row in range(8)])
+    given = {name: value for name, value in batch.items() if name != "labels"}
+    logits, wanted = trainer.model(**given).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    smoothed = torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, label_smoothing=0.2)
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), smoothed)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain_loss(trainer.model, random_rows()), abs=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -83,6 +83,10 @@ def test_sasrec():
     assert found == pytest.approx([2 - norm, -norm, -norm, 2 - norm, -1 - norm])
     assert sasrec(rows(C, D, A), history_items=[[], [1], []], **columns) == pytest.approx([0, -norm, 0])
     assert sasrec(rows(C), history_items=[[]], **columns).tolist() == [0]
+    # the lowest value is that of the own history
+    columns["baseline"] = lambda histories: np.array([[0, 0, 0, 0, 0, -1.0 - history[-1]] for history in histories])
+    lowest = [low - math.log(5 + math.exp(low)) for low in (-1, -4)]
+    assert sasrec(rows(NONE, NONE), history_items=[[0], [3]], **columns) == pytest.approx(lowest)
 
 
 def test_dense():
