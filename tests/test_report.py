@@ -13,6 +13,7 @@ from helpers import run_stage
 import report
 from minionerec.common.errors import UserError
 from minionerec.evaluation.metrics import MISSED, bootstrap, table
+from minionerec.report.results import _difference
 
 
 def write_model(folder, name, ranks, unseen=None, headline="all", cutoffs=(1, 5, 10, 20)):
@@ -62,7 +63,9 @@ def test_the_results_are_those_of_the_metrics(folder):
 def test_differences_are_paired(tmp_path):
     ranks = np.array([0, 3, 30, MISSED] * 100)
     better = np.where(ranks == 30, 9, ranks)  # one row in four gains a place in the first ten
-    for name, values in (("markov", ranks), ("sft", better), ("rl", ranks), ("caser", ranks[:100])):
+    worse = np.where(ranks == 3, 30, ranks)
+    models = {"markov": ranks, "sft": better, "rl": ranks, "worse": worse, "caser": ranks[:100]}
+    for name, values in models.items():
         write_model(tmp_path, name, values)
     results = report.results_of(tmp_path, seed=0)
     mean, low, high = results["differences"]["sft"]["HR@10"]
@@ -71,7 +74,8 @@ def test_differences_are_paired(tmp_path):
     assert "caser" not in results["differences"] and results["baseline"] == "markov"  # other rows
     lines = report.tables_of(results).split("\n")
     assert next(line for line in lines if line.startswith("rl")).endswith("~+0.0000 (+0.0000 to +0.0000)")
-    assert "~" not in next(line for line in lines if line.startswith("sft"))
+    for name in ("sft", "worse"):
+        assert "~" not in next(line for line in lines if line.startswith(name))
     mean, low, high = results["rl_minus_sft"]["HR@10"]
     assert mean == -0.25 and -0.3 < low < mean < high < -0.2
     changed = {name for name, (mean, _, _) in results["rl_minus_sft"].items() if mean}
@@ -79,6 +83,18 @@ def test_differences_are_paired(tmp_path):
     [line] = [line for line in lines if line.startswith("rl minus sft")]
     beyond, within = line.split("; within the interval: ")
     assert f"HR@10 -0.2500 ({low:+.4f} to {high:+.4f})" in beyond and within == "HR@1, NDCG@1, HR@5, NDCG@5"
+
+
+def test_an_interval_that_contains_or_touches_0_is_no_difference():
+    differences = {
+        "HR@1": [0.0, 0.0, 0.0], "HR@5": [0.1, 0.0, 0.2], "HR@10": [-0.1, -0.2, 0.0], "HR@20": [0.1, -0.1, 0.3],
+        "NDCG@5": [-0.2, -0.3, -0.1], "NDCG@10": [0.2, 0.1, 0.3],
+    }  # fmt: skip
+    beyond = "NDCG@5 -0.2000 (-0.3000 to -0.1000), NDCG@10 +0.2000 (+0.1000 to +0.3000)"
+    assert report.in_words(differences) == f"{beyond}; within the interval: HR@1, HR@5, HR@10, HR@20"
+    for name, values in differences.items():
+        results = {"baseline": "markov", "intervals": {"sft": {}}, "differences": {"sft": {"NDCG@10": values}}}
+        assert ("~" in report.cells(results, ["sft"])[1]) == ("~" in _difference(*values)) == (name not in beyond)
 
 
 def test_what_is_missing_is_left_out(tmp_path):

@@ -282,6 +282,41 @@ def test_dropout_is_in_the_loss(name):
     assert model.loss(ITEMS, TARGETS).item() != model.loss(ITEMS, TARGETS).item()
 
 
+@torch.no_grad()
+def test_each_dropout_of_sasrec():
+    """Each dropout of 0.5 keeps half of the values, twice as large; two in a row give zeros and four times as much."""
+    model = small(num_layers=1)
+    [block], model.norm, items = model.blocks, torch.nn.Identity(), torch.full((50, 1), 3)
+    for p in block.parameters():
+        p.zero_()
+    x = model(items)
+    found = model.train()(items) / x  # the block adds 0
+    assert found.unique().tolist() == [0, 2]
+    nothing, eye = torch.zeros(50, 1, 16), torch.eye(16)
+    block.query_key_value.bias.fill_(1)
+    block.output.weight.copy_(eye)
+    assert block(nothing).unique().tolist() == [0, 4]  # of the attention's weights, then of its output
+    block.output.weight.zero_()
+    block.feed[0].bias.fill_(1)
+    block.feed[3].weight.copy_(eye)
+    assert block(nothing).unique().tolist() == [0, 4]  # of the hidden layer, then of its output
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("num_layers", "embedded"), [(1, True), (2, False)])
+def test_each_dropout_of_gru4rec(num_layers, embedded):
+    """Dropout of the embeddings, or, where these are 0, between the layers changes states; dropout of states follows."""
+    model, items = small("gru4rec", num_layers=num_layers), torch.tensor([[3, 1, 4]] * 20)
+    model.output.weight.copy_(torch.eye(16))
+    model.output.bias.zero_()
+    if not embedded:
+        model.items.weight.zero_()
+    states, found = model(items), model.train()(items)
+    kept = found != 0
+    assert 0.4 < kept.float().mean() < 0.6
+    assert not torch.allclose(found[kept], 2 * states[kept], atol=1e-3)
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 

@@ -218,6 +218,19 @@ def test_weights_decay_but_not_biases():
     assert model.bias.abs().max() > 0.5
 
 
+def test_a_step_is_adamws_with_a_clipped_gradient(monkeypatch):
+    """Gradients (3000, 4000), clipped to the norm 5, then (1, 1); betas 0.9 and 0.98."""
+    gradients = iter([[3000.0, 4000.0], [1.0, 1.0]])
+    monkeypatch.setattr(MODELS["sasrec"], "loss", lambda self, *_, **__: self.bias[:2] @ torch.tensor(next(gradients)))
+    rows = sequences(([0], 1), ([1], 0))
+    given = options(epochs=1, batch_size=1, learning_rate=0.1, popularity_bias=False)
+    model = fit(given, rows, rows, catalog_of(3)).model
+    # The first step is 1; the second m / (1 - 0.9²) / √(v / (1 - 0.98²)), with m = 0.9 · 0.1 · 3 + 0.1 · 1, and so on.
+    second = [0.37 / 0.19 / (0.1964 / 0.0396) ** 0.5, 0.46 / 0.19 / (0.3336 / 0.0396) ** 0.5]
+    expected = torch.tensor([-0.1 * (1 + second[0]), -0.1 * (1 + second[1]), 0.0])
+    torch.testing.assert_close(model.bias.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------ epochs
 
 

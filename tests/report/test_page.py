@@ -9,17 +9,22 @@ import hashlib
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import polars as pl
 import pytest
 
 import report
 from minionerec.common.errors import UserError
 from minionerec.common.text import printable
+from minionerec.evaluation.metrics import MISSED
 from minionerec.report import figures
+from minionerec.report.blocks import User, Users
+from minionerec.report.outputs import Dataset, Output
 from minionerec.report.results import results_section
-from minionerec.report.rows import histogram, net
+from minionerec.report.rows import histogram, net, ranks_section, slices_section, users_section
 from minionerec.report.sids import gini, project
 
 from .conftest import TITLES, write_output
@@ -194,6 +199,89 @@ def test_published_rows_come_with_their_protocol(output):
     assert ["TIGER", "arXiv 2305.05065", "not stated", ".0648", ".0384"] in rows
     with pytest.raises(UserError, match="has no such data; expected one of Amazon 2014 Beauty, "):
         tables_of(output, published="Beauty")
+
+
+# ------------------------------------------------------------------------------------------------ sections by hand
+
+
+def made(metrics=None, ranks=None, headline="all", label="one") -> Output:
+    """An output with this content; ranks: {model: {array: values}}."""
+    results = {"headline": headline, "baseline": "", "differences": {}, "rl_minus_sft": {}}
+    arrays = {model: {name: np.array(values) for name, values in own.items()} for model, own in (ranks or {}).items()}
+    return Output(label, Path(), results, metrics or {}, arrays)
+
+
+def captions(section) -> list[str]:
+    return [block.caption for block in section.blocks if block.kind == "table"]
+
+
+@pytest.mark.parametrize("headline", ["all", "unseen"])
+def test_the_headline_table_is_first(headline):
+    metrics = {"sft": {"item": {"HR@10": 0.1}, "unseen": {"item": {"HR@10": 0.2}}}}
+    found = captions(results_section([made(metrics, headline=headline)], None, "", 0))
+    other = {"all": "unseen", "unseen": "all"}[headline]
+    assert [caption.split(" items")[0] for caption in found] == [f"Headline: {headline}", other]
+
+
+@pytest.mark.parametrize(
+    ("headline", "target", "compared"), [("all", 7, True), ("unseen", 7, False), ("all", 8, False)]
+)
+def test_outputs_are_compared_in_one_protocol_and_on_the_same_rows(headline, target, compared):
+    arrays = {"all_item": [0, 3], "unseen_item": [0, 2], "target": [5, 7]}
+    second = made(ranks={"sft": arrays | {"target": [5, target]}}, headline=headline, label="two")
+    found = captions(results_section([made(ranks={"sft": arrays}), second], None, "", 0))
+    assert found == ["Between the outputs, paired; ~: the interval contains 0"] * compared
+
+
+@pytest.mark.parametrize(
+    ("sft", "sasrec", "compared"),
+    [
+        ({"all_item": [0, 30, 9], "target": [5, 7, 6]}, {"all_item": [10, 3, 20], "target": [5, 7, 6]}, True),
+        ({"all_item": [0, 30, 9], "target": [5, 7, 6]}, {"all_item": [10, 3, 20], "target": [6, 7, 5]}, False),
+        ({"all_item": [0, 30, 9], "target": [5, 7, 6]}, {"all_item": [10, 3, 20]}, True),  # as many rows
+        ({"all_item": [0, 30, 9], "target": [5, 7, 6]}, {"all_item": [10]}, False),
+    ],
+)
+def test_gains_are_those_of_models_with_the_same_rows(sft, sasrec, compared):
+    section = slices_section([made(ranks={"sft": sft, "sasrec": sasrec})])
+    assert captions(section) == ["Hits in the first 10 against sasrec: gained, lost, net"] * compared
+    if compared:
+        assert section.blocks[0].rows == [["all", 3, "2 gained, 1 lost: +1"]]
+
+
+def test_each_slice_has_its_own_bar():
+    sft = {"1-2": {"rows": 3, "HR@10": 0.25}, "3-5": {"rows": 1000, "HR@10": 0.75}}
+    rl = {"3-5": {"rows": 1000, "HR@10": 0.5}}
+    [figure] = slices_section([made({"sft": {"slices": {"history": sft}}, "rl": {"slices": {"history": rl}}})]).blocks
+    assert figure.table.header == ["items in the history", "sft", "rl"]
+    assert figure.table.rows == [["1-2\n3 rows", "0.250", "0.000"], ["3-5\n1,000 rows", "0.750", "0.500"]]
+
+
+def test_ranks_by_hand():
+    ranks = {"sft": {"all_item": [0, 1, 1, 50]}, "rl": {"all_item": [49, 50, MISSED, MISSED]}}
+    bars, lines, missed = ranks_section([made(ranks=ranks)]).blocks
+    assert bars.table.rows[0] == ["1", "0.250", "0.000"] and bars.table.rows[-1] == ["21–50", "0.000", "0.250"]
+    rates = {row[0]: row[1:] for row in lines.table.rows}
+    assert [rates[k] for k in ("1", "2", "50")] == [["0.2500", "0.0000"], ["0.7500", "0.0000"], ["0.7500", "0.2500"]]
+    assert missed.caption == "Target not in the first 50" and missed.rows == [["sft", "25.0%"], ["rl", "75.0%"]]
+
+
+def test_sample_users_by_hand():
+    """The latest ten items, the target's place counted from 1, and no model of other rows."""
+    kinds = {"seen": pl.List(pl.Int64)}
+    test = pl.DataFrame({"user": ["u", "v"], "target": [12, 3], "seen": [[*range(12)], [4]]}, schema_overrides=kinds)
+    top = np.array([[0, 12, 1, 2, 4, 5], [8, -1, -1, -1, -1, -1]])
+    ranks = {"rl": {"all_item": [1, MISSED], "all_top": top, "target": [12, 3]}}
+    ranks["sft"] = ranks["rl"] | {"target": [3, 12]}
+    output = made(ranks=ranks)
+    output.data = Dataset([f"t{item}" for item in range(13)], {"test": test})
+    first = [("t0 (0)", False), ("t12 (12)", True), ("t1 (1)", False), ("t2 (2)", False), ("t4 (4)", False)]
+    history = [f"t{item} ({item})" for item in range(2, 12)]
+    users = [
+        User("user u", history, "t12 (12)", [("rl", "target at 2", first)]),
+        User("user v", ["t4 (4)"], "t3 (3)", [("rl", "target not listed", [("t8 (8)", False)])]),
+    ]
+    assert users_section([output], 2, seed=0).blocks == [Users(users)]
 
 
 # ------------------------------------------------------------------------------------------------ parts
