@@ -131,6 +131,20 @@ def test_catalog_scores_are_a_distribution_and_parquet_equals_json(world, checkp
     assert pl.read_parquet(output.with_suffix(".parquet")).to_dicts() == rows
 
 
+def test_illegal_predictions_of_both_searches_are_counted(world, checkpoint_folder, tmp_path, monkeypatch):
+    plain = evaluate.search
+
+    def repeating(*arguments):
+        found = plain(*arguments)
+        found["all"].sid_rows[0, 1] = found["all"].sid_rows[0, 0]
+        found["unseen"].sid_rows[:2, 1] = found["unseen"].sid_rows[:2, 0]
+        return found
+
+    monkeypatch.setattr(evaluate, "search", repeating)
+    evaluate.main(options(world, checkpoint_folder, tmp_path / "p.json"))
+    assert results(tmp_path / "p.json")[1]["illegal"] == 3
+
+
 def test_fewer_beams_and_predictions(world, checkpoint_folder, tmp_path):
     """Metrics use all beams and stop at them; K cuts what is written."""
     environment = {"BASE_MODEL": checkpoint_folder, "TEST_DATA_PATH": world.test, "INFO_FILE": world.info}

@@ -6,6 +6,7 @@ other baselines, and values that are no weights, are one line.
 """
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -21,6 +22,7 @@ from minionerec.catalog.items import read_info
 from minionerec.catalog.sequences import read_sequences
 from minionerec.common.errors import UserError
 from minionerec.evaluation import blend_weights
+from minionerec.evaluation.blend import Candidates
 from minionerec.evaluation.blend_weights import Choice, UserWeights
 
 SELECTION = {"shrinkage": 100, "gain": [0.1, 0.01], "rows": [6, 6]}
@@ -49,14 +51,14 @@ def rows_of(world, split: str) -> pl.DataFrame:
 def evaluated(world, checkpoint_folder, baselines, tmp_path):
     """Runs evaluate.py; returns (content of the blend's metrics, ranks of each protocol)."""
 
-    def evaluated(name: str, *weights: str):
+    def evaluated(name: str, *weights: str, **more):
         output = tmp_path / f"{name}.json"
         paths = {"base_model": checkpoint_folder, "test_data_path": world.test, "info_file": world.info}
         paths |= {"train_file": world.train, "result_json_data": output, "blend_valid_file": world.valid}
         evaluate.main(
             evaluate.Options(
                 **{key: str(path) for key, path in paths.items()}, num_beams=60, blend_path=baselines,
-                blend_weight=list(weights),
+                blend_weight=list(weights), **more,
             )
         )  # fmt: skip
         with np.load(tmp_path / f"{name}.blend.ranks.npz") as ranks:
@@ -120,6 +122,29 @@ def test_too_few_rows_for_groups_give_auto(evaluated, world, checkpoint_folder, 
     assert (
         asked[0] == asked[1] == recommender(world, checkpoint_folder, baselines, *map(str, auto["weights"]))([[3, 5]])
     )
+
+
+def test_the_blend_does_not_depend_on_how_the_test_rows_were_searched(evaluated):
+    """Beams of another space, or with a length penalty, have other scores than the blend adds."""
+    _, ranks = evaluated("plain", "1", "1", space="catalog")
+    for name, other in (("vocab", {"space": "vocab"}), ("divided", {"space": "catalog", "length_penalty": 2.0})):
+        _, found = evaluated(name, "1", "1", **other)
+        assert all(np.array_equal(found[kind], ranks[kind]) for kind in ranks)
+
+
+@pytest.mark.parametrize("how", ["auto", "user"])
+@pytest.mark.parametrize("target, weight", [(1, 0.0), (0, 0.25)])
+def test_weights_are_chosen_in_the_protocol_of_the_headline(how, target, weight):
+    """The baseline ranks every target first with all items and says nothing of unseen ones. target: of train."""
+    data = SimpleNamespace(train=pl.DataFrame({"seen": [[0]], "target": [target]}))
+    items, valid = np.tile(np.arange(20), (20, 1)), pl.DataFrame({"target": range(20)})
+    found = {
+        name: Candidates(items, np.stack([np.zeros((20, 20)), baseline], axis=-1), np.ones((20, 1)))
+        for name, baseline in (("all", np.eye(20)), ("unseen", np.zeros((20, 20))))
+    }
+    options = evaluate.Options(blend_path=["baseline"], blend_weight=[how])
+    weights, _ = evaluate.blend_weights_of(options, data, lambda rows: found, valid)
+    assert weights == UserWeights(((weight,),))
 
 
 @pytest.mark.parametrize(

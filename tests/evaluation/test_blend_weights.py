@@ -120,6 +120,39 @@ def test_the_choice_by_brute_force():
             for each in options
         }
         assert shrunk[weights] == pytest.approx(max(shrunk.values()), abs=1e-12)
+    assert choose_user_weights(found, targets, seed=3).selection == chosen.selection
+    assert choose_user_weights(found, targets, seed=4).selection["gain"] != chosen.selection["gain"]  # other folds
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_held_out_gains_by_brute_force(seed):
+    """Each row's weights come from the rows of the other folds only, in plain loops; many confidences are equal."""
+    rng, shrinkage = np.random.default_rng(seed), 5
+    values, confidence, fold = rng.random((6, 60)), rng.integers(12, size=60) / 12, rng.permutation(60) % 5
+    gains = blend_weights._held_out_gains(values, confidence, shrinkage, fold)
+    for row in range(60):
+        known = [other for other in range(60) if fold[other] != fold[row]]
+        in_order = sorted(confidence[known])
+        cuts = {in_order[place] for place in (9, 18, 28, 37)} - {in_order[-1]}  # 20, 40, 60, 80 % of 0 to 47
+        number = [sum(value > cut for cut in cuts) for value in confidence]  # of each row's bin
+        own = [other for other in known if number[other] == number[row]]
+        overall = values[:, known].mean(axis=1)
+        shrunk = [
+            (sum(v[own]) + shrinkage * mean) / (len(own) + shrinkage) for v, mean in zip(values, overall, strict=True)
+        ]
+        assert gains[row] == pytest.approx(values[np.argmax(shrunk), row] - values[np.argmax(overall), row])
+
+
+def test_a_user_at_a_cut_belongs_below_it():
+    """Half of the users are at the only cut: the baseline ranks their target last, and that of the others first."""
+    targets, unsure = np.full(400, N_ITEMS - 1), np.arange(400) % 2 == 0
+    generative, baseline = np.zeros((400, N_ITEMS)), np.zeros((400, N_ITEMS))
+    generative[unsure, -1] = 1.0
+    baseline[:, -1] = np.where(unsure, -10.0, 10.0)
+    found = candidates(generative, baseline, confidence=np.where(unsure, 0.1, 0.9)[:, None])
+    chosen = choose_user_weights(found, targets, seed=0)
+    assert chosen.user_weights == UserWeights(((0.0,), (0.25,)), (0.1,)) and chosen.selection["rows"] == [200, 200]
+    assert np.array_equal(chosen.user_weights.of(found)[:, 0], np.where(unsure, 0.0, 0.25))
 
 
 @pytest.mark.parametrize("case", ["no difference", "one confidence", "few rows", "one row"])

@@ -17,6 +17,7 @@ from minionerec.evaluation.metrics import (
     cutoffs_of,
     format_table,
     illegal,
+    interval_of_mean,
     ranks_of_scores,
     sid_and_item_ranks,
     table,
@@ -64,14 +65,19 @@ def test_ranks_of_scores_equal_a_stable_sort():
         ranks_of_scores(scores, targets)
 
 
-def test_bootstrap_covers_the_mean_and_narrows():
-    rng = np.random.default_rng(1)
-    ranks = rng.integers(0, 40, 4000)
-    low, high = bootstrap(ranks, seed=0)["HR@10"]
-    mean = table(ranks)["HR@10"]
-    error = math.sqrt(mean * (1 - mean) / len(ranks))
-    assert low < mean < high and (high - low) == pytest.approx(2 * 1.96 * error, rel=0.15)
-    assert bootstrap(ranks, seed=0) == bootstrap(ranks, seed=0)
+@pytest.mark.parametrize("rows", [400, 4000])
+@pytest.mark.parametrize("of", ["ranks", "values"])
+def test_intervals_are_the_normal_ones_of_a_share(rows, of):
+    """A quarter of the rows are hits. Over seeds, the bounds are 1.96 standard errors from the mean."""
+
+    def interval(seed):
+        hits = np.arange(rows) % 4 == 0
+        return bootstrap(np.where(hits, 9, 10), seed)["HR@10"] if of == "ranks" else interval_of_mean(1.0 * hits, seed)
+
+    error = math.sqrt(0.25 * 0.75 / rows)
+    bounds = np.mean([interval(seed) for seed in range(20)], axis=0)
+    assert bounds == pytest.approx([0.25 - 1.96 * error, 0.25 + 1.96 * error], abs=0.1 * error)
+    assert interval(0) == interval(0) != interval(1)
 
 
 def test_format_table_has_a_line_a_row():
@@ -130,7 +136,8 @@ def test_seen_items_leave_the_list_of_items():
 
 
 def test_cutoffs_by_beams():
-    assert cutoffs_of(50) == [1, 3, 5, 10, 20, 50] and cutoffs_of(12) == [1, 3, 5, 10] and cutoffs_of(4) == [1, 3, 4]
+    assert cutoffs_of(50) == [1, 3, 5, 10, 20, 50] and cutoffs_of(12) == [1, 3, 5, 10]
+    assert cutoffs_of(8) == [1, 3, 5, 8] and cutoffs_of(4) == [1, 3, 4]
 
 
 def test_illegal_by_hand():

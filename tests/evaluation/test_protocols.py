@@ -12,7 +12,7 @@ import pytest
 from helpers import sequences
 
 from minionerec.catalog.catalog import Catalog
-from minionerec.evaluation.metrics import MISSED, table
+from minionerec.evaluation.metrics import MISSED, bootstrap, table
 from minionerec.evaluation.protocols import (
     by_beams,
     by_scores,
@@ -125,13 +125,17 @@ def test_the_headline_follows_from_the_repeats_of_train():
     assert repeats(never) == 0 and headline(never) == "unseen" and headline(None) == "all"
     once = frame([[0]] * 101, [0] + [1] * 100)  # 0.99 %
     assert headline(once) == "unseen" and repeats(once) == pytest.approx(1 / 101)
-    assert headline(once.head(99)) == "all"
+    assert headline(once.head(100)) == headline(once.head(99)) == "all"  # 1 % and 1.01 %
 
 
-def test_histories_of_one_length_look_cut():
-    assert looks_cut(frame([[1] * 5] * 3 + [[1]] * 50, [0] * 53))
-    assert not looks_cut(frame([[1] * n for n in range(1, 40)], [0] * 39))
-    assert not looks_cut(frame([[1] * 5], [0]))
+@pytest.mark.parametrize(
+    "longest, others, cut",
+    [(1, 0, False), (1, 38, False), (2, 0, True), (3, 50, True), (2, 198, True), (2, 199, False), (3, 297, True)],
+)
+def test_histories_of_one_length_look_cut(longest, others, cut):
+    """longest, others: rows with the greatest length and with smaller ones."""
+    seen = [[1] * 5] * longest + [[1] * (n % 5) for n in range(others)]
+    assert looks_cut(frame(seen, [0] * len(seen))) == cut
 
 
 def test_popularity_and_history_by_hand():
@@ -139,11 +143,12 @@ def test_popularity_and_history_by_hand():
     groups = popularity_of_items(train, 10)
     assert groups[:4].tolist() == ["head", "middle", "tail", "tail"]
     assert groups[8] == "tail" and set(groups[[4, 5, 6, 7, 9]]) == {"new"}  # 8 is in a history
-    rows = frame([[0] * n for n in (0, 1, 2, 3, 10, 11, 51, 400)], [0, 1, 2, 3, 8, 9, 0, 0])
-    labels = slices_of(rows, train, 10)
-    assert labels["history"].tolist() == ["0", "1-2", "1-2", "3-5", "6-10", "11-20", "51+", "51+"]
-    assert labels["popularity"].tolist() == ["head", "middle", "tail", "tail", "tail", "new", "head", "head"]
-    assert list(slices_of(rows, None, 10)) == ["history"]
+    rows = frame([[0]] * 6, [0, 1, 2, 3, 8, 9])
+    assert slices_of(rows, train, 10)["popularity"].tolist() == ["head", "middle", "tail", "tail", "tail", "new"]
+    lengths = {"0": [0], "1-2": [1, 2], "3-5": [3, 5], "6-10": [6, 10], "11-20": [11, 20], "21-50": [21, 50]}
+    for label, edges in (lengths | {"51+": [51, 400]}).items():
+        labels = slices_of(frame([[0] * n for n in edges], [0] * len(edges)), None, 10)
+        assert list(labels) == ["history"] and set(labels["history"]) == {label}
 
 
 def test_a_report_adds_up():
@@ -151,33 +156,45 @@ def test_a_report_adds_up():
     scores = np.random.default_rng(1).random((80, N))
     ranks = {"all": of_scores(scores, targets, catalog), "unseen": of_scores(scores, targets, catalog, seen)}
     rows, train = frame(seen, targets), frame([[]] * 60, [i % 7 for i in range(60)])
-    result = report(ranks, rows, train, catalog, seed=0, cutoffs=(1, 5, 10))
+    result = report(ranks, rows, train, catalog, seed=3, cutoffs=(1, 5, 10))
     assert result["rows"] == 80 and result["headline"] == "unseen"
     assert result["item"] == table(ranks["all"].item, (1, 5, 10))
     assert result["unseen"]["sid"] == table(ranks["unseen"].sid, (1, 5, 10))
-    for values in (result, result["unseen"]):
+    for values, own in ((result, ranks["all"]), (result["unseen"], ranks["unseen"])):
+        assert values["intervals"] == bootstrap(own.item, 3, (1, 5, 10))
         for slices in values["slices"].values():
             assert sum(each["rows"] for each in slices.values()) == 80
-            mean = sum(each["rows"] * each["NDCG@10"] for each in slices.values()) / 80
-            assert mean == pytest.approx(values["item"]["NDCG@10"])
+            for name in ("HR@10", "NDCG@10"):
+                mean = sum(each["rows"] * each[name] for each in slices.values()) / 80
+                assert mean == pytest.approx(values["item"][name])
     assert result["coverage"]["items@10"] == len(np.unique(ranks["all"].top)) / N
     assert result["distinct_first"] == len(np.unique(scores.argmax(axis=1)))
     assert result["repeats"] == {"train": 0, "test": np.mean([t in s for t, s in zip(targets, seen, strict=True)])}
+    assert result["seen"] == {"longest": 11, "looks_cut": True}
     few = report({"all": ranks["all"]}, rows, train, catalog, seed=0, cutoffs=(1, 3))
     assert few["headline"] == "all" and "unseen" not in few
     assert set(few["slices"]["history"]["0"]) == {"rows", "HR@3", "NDCG@3"}
 
 
+def test_empty_places_are_no_items():
+    """A list with one SID of two items, and an empty list."""
+    catalog = Catalog(["<a_0>", "<a_0>", "<a_1>", "<a_2>"])
+    found = of_beams(np.array([[0, -1], [-1, -1]]), [0, 2], catalog)
+    assert found.top[:, :3].tolist() == [[0, 1, -1], [-1, -1, -1]]
+    result = report({"all": found}, frame([[], []], [0, 2]), None, catalog, seed=0)
+    assert result["coverage"] == {"items@10": 2 / 4, "sids@10": 1 / 3} and result["distinct_first"] == 1
+
+
 def test_ranks_are_written_in_the_order_of_rows(tmp_path):
-    catalog, targets, seen = world(2)
+    catalog, targets, seen = world(0)
     scores = np.random.default_rng(2).random((80, N))
     ranks = {"all": of_scores(scores, targets, catalog), "unseen": of_scores(scores, targets, catalog, seen)}
     rows = sequences(*zip(seen, targets, strict=True))
     write_ranks(tmp_path / "x.ranks.npz", ranks, rows, rows, N)
     with np.load(tmp_path / "x.ranks.npz", allow_pickle=False) as found:
-        kinds = {f"{protocol}_{kind}" for protocol in ranks for kind in ("item", "sid", "top")}
-        assert set(found) == kinds | {"target", "slice_history", "slice_popularity"}
+        written = {f"{name}_{kind}": values for name, each in ranks.items() for kind, values in each._asdict().items()}
+        assert set(found) == set(written) | {"target", "slice_history", "slice_popularity"}
         assert found["target"].tolist() == list(targets)
-        assert np.array_equal(found["all_top"], ranks["all"].top)
         assert found["slice_history"].tolist() == slices_of(rows, rows, N)["history"].tolist()
-        assert np.array_equal(found["unseen_item"], ranks["unseen"].item)
+        for name, values in written.items():
+            assert np.array_equal(found[name], values)
