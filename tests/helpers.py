@@ -132,7 +132,7 @@ def killed_midway(script: str, environment: dict, output: Path) -> None:
     process = subprocess.Popen(
         ["bash", script],
         cwd=ROOT,
-        env=environment_of(**environment),
+        env=environment_of(fresh=True, **environment),
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -466,6 +466,20 @@ def test_quickstart_table_is_in_the_raw_results():
     assert table == {row["model"]: [row[name] for name in metrics] for row in rows if row["commit"] == commit}
 
 
+def test_the_default_runs_are_in_the_raw_results():
+    """NDCG@10 of the newest run on each data set, in its protocol; the best baseline is the best."""
+    with open(ROOT / "results" / "run_sh.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    for data, (protocol, best, *values, _, _) in list(table_under(RESULTS, "Default runs").items())[1:]:
+        name, split = {"all": (f"{data}, all items", "test"), "unseen": (data, "test, unseen items")}[protocol]
+        own = [row for row in rows if (row["data"], row["split"]) == (name, split)]
+        newest = [row for row in own if row["commit"] == own[0]["commit"]]  # the first
+        found = {row["model"]: row["NDCG@10"] for row in newest}
+        assert values == [found[model] for model in ("sft", "rl", "blend")]
+        baselines = {model: found[model] for model in ("popularity", "markov", "sasrec")}
+        assert best.split() == list(max(baselines.items(), key=lambda each: each[1]))
+
+
 # ------------------------------------------------------------------------------------------------ links and paths
 
 
