@@ -659,7 +659,7 @@ class FixedRanks(SimpleNamespace):
 START = [5] * 100 + [100] * 100  # HR@10 is 0.5
 NOISE = [0] * 10 + [5] * 88 + [100] * 102  # HR@1 rises; 2 of 200 hits are lost: within the interval
 LOSS = [0] * 50 + [100] * 150  # HR@1 rises more, at the cost of 50 hits
-GAIN = [0] * 100 + [100] * 100
+GAIN = [0] * 100 + [100] * 100  # HR@1 rises to 0.5, and no hit is lost
 TOP_LOSS = [5] * 150 + [100] * 50  # HR@10 rises from 0.5 to 0.75 at the cost of 20 hits at the first place
 TOP_START = [0] * 20 + [5] * 80 + [100] * 100
 
